@@ -1,0 +1,137 @@
+// What every csrc/<op>.cpp shares: argument checks, allocation, the executor, registration.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+
+// The dispatch key of the library being compiled.
+#ifdef BITKERNELS_CUDA
+#define BITKERNELS_DISPATCH_KEY CUDA
+#else
+#define BITKERNELS_DISPATCH_KEY CPU
+#endif
+
+namespace bitkernels {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline std::string to_string(torch::headeronly::IntHeaderOnlyArrayRef sizes) {
+  std::ostringstream out;
+  out << '[';
+  for (size_t i = 0; i < sizes.size(); ++i) out << (i ? ", " : "") << sizes[i];
+  out << ']';
+  return out.str();
+}
+
+inline std::string shape(const Tensor& t) { return to_string(t.sizes()); }
+
+inline std::string name_of(ScalarType dtype) { return torch::headeronly::toString(dtype); }
+
+// Python sees a ValueError with this message, which names the operator, the argument and the value found.
+template <typename... Parts>
+void check_argument(bool holds, const Parts&... parts) {
+  if (holds) return;
+  std::ostringstream out;
+  (out << ... << parts);
+  throw std::invalid_argument(out.str());
+}
+
+// Dense row-major memory, copied only where it is not so already.
+inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
+inline Tensor as_dtype(const Tensor& t, ScalarType dtype) {
+  return dense(t.scalar_type() == dtype ? t : torch::stable::to(t, dtype));
+}
+
+// Scales and biases are held in fp32, and in fp64 where the activations are fp64.
+inline ScalarType scale_type(ScalarType activation) {
+  return activation == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+inline DType kernel_dtype(const char* op, const char* argument, ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float: return DType::kFloat32;
+    case ScalarType::BFloat16: return DType::kBFloat16;
+    case ScalarType::Half: return DType::kFloat16;
+#ifndef BITKERNELS_CUDA
+    case ScalarType::Double: return DType::kFloat64;
+#endif
+    default:
+      check_argument(false, op, ": ", argument, " must be float32, bfloat16 or float16, got ", name_of(dtype));
+      return DType::kFloat32;
+  }
+}
+
+inline void check_same_device(const char* op, const char* argument, const Tensor& t, const Tensor& x) {
+  check_argument(t.is_cuda() == x.is_cuda() && (!t.is_cuda() || t.get_device_index() == x.get_device_index()), op,
+                  ": ", argument, " must be on the device of the first argument");
+}
+
+inline void check_dtype(const char* op, const char* argument, const Tensor& t, ScalarType expected) {
+  check_argument(t.scalar_type() == expected, op, ": ", argument, " must be ", name_of(expected), ", got ",
+                  name_of(t.scalar_type()));
+}
+
+inline void check_shape(const char* op, const char* argument, const Tensor& t, std::initializer_list<int64_t> expected) {
+  bool same = t.dim() == static_cast<int64_t>(expected.size());
+  int64_t i = 0;
+  for (int64_t size : expected) same = same && t.size(i++) == size;
+  check_argument(same, op, ": ", argument, " must be of shape ",
+                  to_string({expected.begin(), expected.size()}), ", got ", shape(t));
+}
+
+// Rows of a [..., width] tensor.
+inline int64_t rows(const Tensor& t) {
+  int64_t n = 1;
+  for (int64_t i = 0; i + 1 < t.dim(); ++i) n *= t.size(i);
+  return n;
+}
+
+// Scratch memory from torch's allocator, freed in stream order.
+inline Tensor workspace_like(const Tensor& t, int64_t bytes) {
+  return torch::stable::new_empty(t, {bytes}, ScalarType::Byte);
+}
+
+// Makes the tensor's device current and hands the kernels what they run on: torch's current stream
+// there, or torch's thread pool.
+class Launch {
+ public:
+#ifdef BITKERNELS_CUDA
+  explicit Launch(const Tensor& t) : guard_(t.get_device_index()) {
+    void* stream = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
+    stream_ = static_cast<cudaStream_t>(stream);
+  }
+  operator cudaStream_t() const { return stream_; }
+  // Reports a launch that failed; call it after the last kernel of an operator.
+  void check() const { STD_CUDA_KERNEL_LAUNCH_CHECK(); }
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+  cudaStream_t stream_;
+#else
+  explicit Launch(const Tensor&)
+      : parallel_for_([](int64_t n, int64_t grain, const std::function<void(int64_t, int64_t)>& f) {
+          torch::stable::parallel_for(0, n, grain, f);
+        }) {}
+  operator const ParallelFor&() const { return parallel_for_; }
+  void check() const {}
+
+ private:
+  ParallelFor parallel_for_;
+#endif
+};
+
+}  // namespace bitkernels

@@ -1,0 +1,63 @@
+// Every operator of the library, one schema each. Implementations are registered in csrc/<op>.cpp,
+// or in bitkernels/<op>.py where an operator is made of others or runs on Triton.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(bitkernels, m) {
+  m.def("pack_sign(Tensor w) -> Tensor");
+  m.def("unpack_sign(Tensor w_packed, SymInt K, *, ScalarType dtype) -> Tensor");
+  m.def("pack_ternary(Tensor w) -> Tensor");
+  m.def("unpack_ternary(Tensor w_packed, SymInt K, *, ScalarType dtype) -> Tensor");
+
+  m.def("packed_linear(Tensor x, Tensor w_packed, Tensor alpha, Tensor beta, Tensor? bias=None) -> Tensor");
+  m.def(
+      "packed_linear_backward(Tensor grad, Tensor x, Tensor w_packed, Tensor alpha, Tensor beta) -> "
+      "(Tensor dx, Tensor dalpha, Tensor dbeta)");
+  m.def(
+      "sign_linear(Tensor x, Tensor weight, Tensor alpha, Tensor beta, Tensor? bias=None) -> "
+      "(Tensor y, Tensor w_packed)");
+
+  m.def("quantize_int8(Tensor x) -> (Tensor q, Tensor scale)");
+  m.def(
+      "ternary_linear(Tensor x, Tensor w_packed, Tensor scale, Tensor? bias=None, int? act_bits=None) -> "
+      "Tensor");
+  m.def("ternary_linear_backward(Tensor grad, Tensor w_packed, Tensor scale, SymInt K) -> Tensor dx");
+  m.def(
+      "ternary_linear_ste(Tensor x, Tensor weight, Tensor? bias=None, int? act_bits=8) -> "
+      "(Tensor y, Tensor w_packed, Tensor scale)");
+  m.def(
+      "bit_embedding(Tensor ids, Tensor weight, Tensor norm_weight, Tensor norm_bias, float eps=1e-06) -> "
+      "Tensor");
+
+  m.def(
+      "ssd_scan(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D=None, Tensor? z=None, "
+      "Tensor? dt_bias=None, Tensor? initial_states=None, Tensor? seq_idx=None, Tensor? cu_seqlens=None, "
+      "bool dt_softplus=False, float dt_min=0.0, float? dt_max=None, int chunk_size=64) -> "
+      "(Tensor y, Tensor final_states)");
+  // The gradient of an argument that was not given is an empty tensor.
+  m.def(
+      "ssd_scan_backward(Tensor dy, Tensor? dfinal_states, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, "
+      "Tensor? D=None, Tensor? z=None, Tensor? dt_bias=None, Tensor? initial_states=None, "
+      "Tensor? seq_idx=None, Tensor? cu_seqlens=None, bool dt_softplus=False, float dt_min=0.0, "
+      "float? dt_max=None, int chunk_size=64) -> (Tensor dx, Tensor ddt, Tensor dA, Tensor dB, Tensor dC, "
+      "Tensor dD, Tensor dz, Tensor ddt_bias, Tensor dinitial_states)");
+  m.def(
+      "ssd_step(Tensor(a!) state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D=None, "
+      "Tensor? z=None, Tensor? dt_bias=None, bool dt_softplus=False, float dt_min=0.0, float? dt_max=None) -> "
+      "Tensor");
+
+  m.def(
+      "causal_conv1d(Tensor x, Tensor weight, Tensor? bias=None, Tensor? initial_state=None, "
+      "Tensor? seq_idx=None, bool silu=True) -> Tensor");
+  m.def(
+      "causal_conv1d_backward(Tensor dy, Tensor x, Tensor weight, Tensor? bias=None, "
+      "Tensor? initial_state=None, Tensor? seq_idx=None, bool silu=True) -> "
+      "(Tensor dx, Tensor dweight, Tensor dbias, Tensor dinitial_state)");
+  m.def(
+      "causal_conv1d_step(Tensor(a!) conv_state, Tensor x, Tensor weight, Tensor? bias=None, "
+      "bool silu=True) -> Tensor");
+
+  m.def("gated_rms_norm(Tensor x, Tensor z, Tensor weight, float eps=1e-05, SymInt? group_size=None) -> Tensor");
+  m.def(
+      "gated_rms_norm_backward(Tensor dy, Tensor x, Tensor z, Tensor weight, float eps=1e-05, "
+      "SymInt? group_size=None) -> (Tensor dx, Tensor dz, Tensor dweight)");
+}
