@@ -20,7 +20,8 @@ class Case:
     bias: bool = False
 
     def __str__(self):
-        return f"{'x'.join(map(str, self.batch)) or 'vector'}-N{self.N}-K{self.K}-{self.scales}{'-bias' if self.bias else ''}"
+        batch = "x".join(map(str, self.batch)) or "vector"
+        return f"{batch}-N{self.N}-K{self.K}-{self.scales}{'-bias' if self.bias else ''}"
 
 
 CASES = [
