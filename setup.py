@@ -30,8 +30,6 @@ class CMakeBuild(build_ext):
     """Configures and builds once; every library lands beside the Python files."""
 
     def run(self):
-        if self.dry_run if hasattr(self, "dry_run") else False:
-            return
         build_dir = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
         target = ROOT / "bitkernels" if self.editable_mode else Path(self.build_lib) / "bitkernels"
         target.mkdir(parents=True, exist_ok=True)
