@@ -6,6 +6,7 @@ BITKERNELS_CUDA_ARCHS="80;90a" (default: every supported architecture the toolki
 
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -35,6 +36,8 @@ class CMakeBuild(build_ext):
         target.mkdir(parents=True, exist_ok=True)
         subprocess.check_call([
             "cmake", "-S", str(ROOT), "-B", str(build_dir), "-G", "Ninja",
+            # pip's isolated environment moves from one build to the next, and CMake remembers the old place.
+            f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DBITKERNELS_TORCH_DIR={torch_folder()}",
             f"-Dpybind11_DIR={self._pybind11_dir()}",
