@@ -26,7 +26,7 @@ def assert_close(name: str, out: Tensor, ref: Tensor, tolerance: float | None = 
 
 
 def wide(*tensors):
-    """Copies in float64 on the CPU, leaves that take gradients where their sources do; integers and None as they are."""
+    """Leaves in float64 on the CPU that take gradients where their sources do; integers and None as they are."""
     out = []
     for t in tensors:
         if isinstance(t, Tensor):
