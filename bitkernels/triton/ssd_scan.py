@@ -5,20 +5,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bitkernels.triton.elementwise import silu, step_options
 from bitkernels.triton.ssd_scan_backward import ssd_scan_backward
 from bitkernels.triton.ssd_states import (
-    Steps,
     chunk_span,
     divide,
     enter_chunks,
     forward_tile,
     last_of,
-    load_dt,
     load_segments,
+    load_steps,
     load_tile,
     precision_of,
-    silu,
-    step_size,
+    prepare,
     strides_of,
 )
 
@@ -30,9 +29,8 @@ def ssd_scan_kernel(
     p_C,  # [B, T, G, N]
     p_D,  # [H] or [H, P] by strides, or None
     p_z,  # [B, T, H, P] or None
-    p_dt,  # [B, T, H]
-    p_A,  # [H]
-    p_dt_bias,  # [H] or None
+    p_step,  # [B, H, T]
+    p_total,  # [B, H, T]
     p_seq_idx,  # [B, T] or None
     p_enter,  # [chunks, H, P, N] the state each chunk starts from, None: zero
     p_y,  # [B, T, H, P] contiguous
@@ -63,19 +61,12 @@ def ssd_scan_kernel(
     stride_z_p,
     stride_D_h,
     stride_D_p,
-    stride_dt_b,
-    stride_dt_t,
-    stride_dt_h,
     stride_seq_b,
     stride_seq_t,
-    dt_min,
-    dt_max,
     HEADS_PER_GROUP: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    SOFTPLUS: tl.constexpr,
-    CLAMP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     i_chunk = tl.program_id(0).to(tl.int64)
@@ -83,6 +74,7 @@ def ssd_scan_kernel(
     i_g = i_h // HEADS_PER_GROUP
     o_p = tl.program_id(2) * BLOCK_P + tl.arange(0, BLOCK_P)
     o_n = tl.arange(0, BLOCK_N)
+    o_i = tl.arange(0, BLOCK_T)
     m_p = o_p < P
     m_n = o_n < N
     m_state = m_n[:, None] & m_p[None, :]
@@ -92,13 +84,13 @@ def ssd_scan_kernel(
     p_x += i_b * stride_x_b + i_h * stride_x_h
     p_B += i_b * stride_B_b + i_g * stride_B_g
     p_C += i_b * stride_C_b + i_g * stride_C_g
-    p_dt += i_b * stride_dt_b + i_h * stride_dt_h
+    p_step += (i_b * H + i_h) * T + begin
+    p_total += (i_b * H + i_h) * T + begin
     p_y += (i_b * T * H + i_h) * P
     if p_z is not None:
         p_z += i_b * stride_z_b + i_h * stride_z_h
     if p_seq_idx is not None:
         p_seq_idx += i_b * stride_seq_b
-    A = tl.load(p_A + i_h).to(tl.float32)
     if p_D is not None:
         D = tl.load(p_D + i_h * stride_D_h + o_p * stride_D_p, mask=m_p, other=0.0).to(tl.float32)
 
@@ -106,13 +98,11 @@ def ssd_scan_kernel(
         state = tl.load(p_enter + o_state, mask=m_state, other=0.0).to(tl.float32)
     else:
         state = tl.zeros([BLOCK_N, BLOCK_P], tl.float32)
-    for i_block in range(0, tl.cdiv(tl.maximum(length, 0), BLOCK_T)):
-        o_i = i_block * BLOCK_T + tl.arange(0, BLOCK_T)
-        o_t = begin + o_i
-        m_t = o_i < length
-        dt = step_size(load_dt(p_dt, stride_dt_t, o_t, m_t, p_dt_bias, i_h), m_t, dt_min, dt_max, SOFTPLUS, CLAMP)
-        total = tl.cumsum(dt * A, 0)
-        last = last_of(total, BLOCK_T)
+    for i_block in range(0, tl.cdiv(length, BLOCK_T)):
+        o_first = i_block * BLOCK_T
+        o_t = begin + o_first + o_i
+        m_t = o_i < length - o_first
+        dt, total, last = load_steps(p_step + o_first, p_total + o_first, o_i, length - o_first)
         reaches = o_i[:, None] >= o_i[None, :]
         kept = tl.exp(last)
         from_enter = tl.exp(total)
@@ -128,9 +118,9 @@ def ssd_scan_kernel(
         b_x = load_tile(p_x, o_t, stride_x_t, m_t, o_p, stride_x_p, m_p)
         b_B = load_tile(p_B, o_t, stride_B_t, m_t, o_n, stride_B_n, m_n).to(b_x.dtype)
         b_C = load_tile(p_C, o_t, stride_C_t, m_t, o_n, stride_C_n, m_n).to(b_x.dtype)
+        y = tl.dot(b_C, state.to(b_x.dtype), input_precision=PRECISION) * from_enter[:, None]
         weights = tl.dot(b_C, tl.trans(b_B), input_precision=PRECISION)
         weights *= tl.exp(tl.where(reaches, total[:, None] - total[None, :], -float("inf"))) * dt[None, :]
-        y = tl.dot(b_C, state.to(b_x.dtype), input_precision=PRECISION) * from_enter[:, None]
         y = tl.dot(weights.to(b_x.dtype), b_x, y, input_precision=PRECISION)
         x = b_x.to(tl.float32)
         if p_D is not None:
@@ -165,13 +155,11 @@ def ssd_scan(
     chunk_size: int = 64,
 ) -> tuple[Tensor, Tensor]:
     """``bitkernels::ssd_scan``. ``chunk_size`` is a hint this implementation does not take."""
-    batch, T, H, P = x.shape
+    batch, _, H, P = x.shape
     G, N = B.shape[2:]
     sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    final = torch.empty(
-        sequences, H, P, N, dtype=torch.float32 if initial_states is None else initial_states.dtype, device=x.device
-    )
+    final = torch.empty(sequences, H, P, N, dtype=torch.float32, device=x.device)
     initial = None if initial_states is None else initial_states.contiguous()
     if x.numel() == 0:
         return y.zero_(), final.zero_() if initial is None else final.copy_(initial)
@@ -180,14 +168,15 @@ def ssd_scan(
         cu_seqlens, seq_idx = cu_seqlens.contiguous(), None
     tile = forward_tile(x.dtype, P, N)
     chunks = divide(x, cu_seqlens, tile)
-    steps = Steps(dt, A, dt_bias, seq_idx, dt_softplus, dt_min, dt_max)
-    enter = enter_chunks(x, B, None, steps, chunks, tile, initial, final)
+    A, dt_bias = A.contiguous(), None if dt_bias is None else dt_bias.contiguous()
+    decays = prepare(dt, A, dt_bias, seq_idx, chunks, *step_options(dt_softplus, dt_min, dt_max))
+    enter = enter_chunks(x, B, None, decays, chunks, tile, initial, final)
     D_strides = (0, 0) if D is None else (D.stride(0), D.stride(1) if D.dim() == 2 else 0)
     ssd_scan_kernel[(chunks.count, H, triton.cdiv(P, tile.headdim))](
-        x, B, C, D, z, *steps.pointers, enter, y, final if chunks.whole else None, H, P, N, *chunks.args,
-        *x.stride(), *B.stride(), *C.stride(), *strides_of(z), *D_strides, *steps.strides, *steps.limits,
-        HEADS_PER_GROUP=H // G, BLOCK_T=tile.time, BLOCK_P=tile.headdim, BLOCK_N=tile.state, **steps.flags,
-        PRECISION=precision_of(x.dtype), num_warps=tile.warps,
+        x, B, C, D, z, *decays.pointers, enter, y, final if chunks.whole else None, H, P, N, *chunks.args,
+        *x.stride(), *B.stride(), *C.stride(), *strides_of(z), *D_strides, *decays.strides,
+        HEADS_PER_GROUP=H // G, BLOCK_T=tile.time, BLOCK_P=tile.headdim, BLOCK_N=tile.state,
+        PRECISION=precision_of(x.dtype), num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return y, final
 

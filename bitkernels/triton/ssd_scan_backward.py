@@ -15,19 +15,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bitkernels.triton.elementwise import silu, silu_gradient, step_options, step_size
 from bitkernels.triton.ssd_states import (
-    Steps,
     Tile,
-    chunk_span,
+    block_span,
     divide,
     enter_chunks,
     last_of,
-    load_dt,
     load_segments,
+    load_steps,
     load_tile,
     precision_of,
-    silu,
-    step_size,
+    prepare,
     strides_of,
     walk_states,
 )
@@ -46,6 +45,15 @@ def backward_tile(dtype: torch.dtype, P: int, N: int) -> Tile:
     return Tile(time, min(headdim, 64), state, 8)
 
 
+@triton.jit
+def load_dt(p_dt, stride_t, o_t, m_t, p_dt_bias, i_h):
+    """[BLOCK_T] dt + bias of one head."""
+    v = tl.load(p_dt + o_t * stride_t, mask=m_t, other=0.0).to(tl.float32)
+    if p_dt_bias is not None:
+        v += tl.load(p_dt_bias + i_h).to(tl.float32)
+    return v
+
+
 @triton.jit(do_not_specialize=["T", "chunk_length"])
 def ssd_scan_backward_kernel(
     p_dy,  # [B, T, H, P]
@@ -57,6 +65,8 @@ def ssd_scan_backward_kernel(
     p_dt,  # [B, T, H]
     p_A,  # [H]
     p_dt_bias,  # [H] or None
+    p_step,  # [B, H, T]
+    p_total,  # [B, H, T]
     p_seq_idx,  # [B, T] or None
     p_h,  # [blocks, H, P, N] the state before each block
     p_dh,  # [blocks, H, P, N] the gradient of the state after it
@@ -118,12 +128,12 @@ def ssd_scan_backward_kernel(
     i_block = tl.program_id(0).to(tl.int64)
     i_split = tl.program_id(1).to(tl.int64)
     i_g = tl.program_id(2).to(tl.int64)
-    blocks = chunk_length // BLOCK_T
-    i_b, begin, length = chunk_span(i_block // blocks, T, chunk_length, p_cu_seqlens, p_sequence, p_first)
-    offset = (i_block % blocks) * BLOCK_T
+    i_b, o_t, m_t = block_span(i_block, T, chunk_length, p_cu_seqlens, p_sequence, p_first, BLOCK_T)
+    count = tl.sum(m_t.to(tl.int32), 0)
+    if count == 0:  # past the end of its chunk, where the walks left nothing
+        return
     o_i = tl.arange(0, BLOCK_T)
-    o_t = begin + offset + o_i
-    m_t = offset + o_i < length
+    first = tl.min(o_t, 0)
     o_n = tl.arange(0, BLOCK_N)
     m_n = o_n < N
 
@@ -145,11 +155,8 @@ def ssd_scan_backward_kernel(
     heads = tl.cdiv(HEADS_PER_GROUP, SPLITS)
     for i_head in range(i_split * heads, tl.minimum(i_split * heads + heads, HEADS_PER_GROUP)):
         i_h = i_g * HEADS_PER_GROUP + i_head
-        A = tl.load(p_A + i_h).to(tl.float32)
-        raw = load_dt(p_dt + i_b * stride_dt_b + i_h * stride_dt_h, stride_dt_t, o_t, m_t, p_dt_bias, i_h)
-        dt = step_size(raw, m_t, dt_min, dt_max, SOFTPLUS, CLAMP)
-        total = tl.cumsum(dt * A, 0)
-        last = last_of(total, BLOCK_T)
+        o_steps = (i_b * H + i_h) * T + first
+        dt, total, last = load_steps(p_step + o_steps, p_total + o_steps, o_i, count)
         kept = tl.exp(last)
         from_enter = tl.exp(total)
         to_leave = tl.exp(last - total)
@@ -170,8 +177,7 @@ def ssd_scan_backward_kernel(
             m_tile = m_t[:, None] & m_p[None, :]
             o_tile = (i_b * T + o_t[:, None]) * H * P + i_h * P + o_p[None, :]
             o_state = (i_block * H + i_h) * P * N + o_p[:, None] * N + o_n[None, :]
-            # The walks leave nothing for blocks past the end of their chunk.
-            m_state = m_p[:, None] & (o_n < tl.where(offset < length, N, 0))[None, :]
+            m_state = m_p[:, None] & m_n[None, :]
             b_x = load_tile(p_x + i_b * stride_x_b + i_h * stride_x_h, o_t, stride_x_t, m_t, o_p, stride_x_p, m_p)
             b_dy = load_tile(p_dy + i_b * stride_dy_b + i_h * stride_dy_h, o_t, stride_dy_t, m_t, o_p, stride_dy_p, m_p)
             b_h = tl.load(p_h + o_state, mask=m_state, other=0.0)
@@ -183,14 +189,13 @@ def ssd_scan_backward_kernel(
             if p_z is not None:
                 z = load_tile(p_z + i_b * stride_z_b + i_h * stride_z_h, o_t, stride_z_t, m_t, o_p, stride_z_p, m_p)
                 z = z.to(tl.float32)
-                gate = tl.sigmoid(z)
                 y = tl.dot(b_C, tl.trans(b_h), input_precision=PRECISION) * from_enter[:, None]
                 y = tl.dot(b_weights, b_x, y, input_precision=PRECISION)
                 if p_D is not None:
                     y += D[None, :] * x
-                dz = dy * y * gate * (1.0 + z * (1.0 - gate))
+                dz = dy * y * silu_gradient(z)
                 tl.store(p_dz + o_tile, dz.to(p_dz.dtype.element_ty), mask=m_tile)
-                dy *= z * gate
+                dy *= silu(z)
             b_dy = dy.to(b_x.dtype)
 
             dweights = tl.dot(b_dy, tl.trans(b_x), dweights, input_precision=PRECISION)
@@ -219,9 +224,11 @@ def ssd_scan_backward_kernel(
         crossing += at_or_after * through_enter[None, :]
         ddecay = tl.sum(crossing, 1) + kept * tl.sum(through_both, 0)
         tl.store(p_dA + i_block * H + i_h, tl.sum(ddecay * dt, 0))
-        ddt += ddecay * A
+        ddt += ddecay * tl.load(p_A + i_h).to(tl.float32)
+        p_dt_row = p_dt + i_b * stride_dt_b + i_h * stride_dt_h
+        raw = load_dt(p_dt_row, stride_dt_t, o_t, m_t, p_dt_bias, i_h)
         if CLAMP:
-            unclamped = step_size(raw, m_t, dt_min, dt_max, SOFTPLUS, False)
+            unclamped = step_size(raw, dt_min, dt_max, SOFTPLUS, False)
             ddt = tl.where((unclamped >= dt_min) & (unclamped <= dt_max), ddt, 0.0)
         if SOFTPLUS:
             ddt *= tl.sigmoid(raw)
@@ -262,61 +269,72 @@ def ssd_scan_backward(
     batch, T, H, P = x.shape
     G, N = B.shape[2:]
     fresh = {"device": x.device}
-    absent = x.new_empty(0)
+    absent = torch.empty(0, dtype=torch.float32, **fresh)
     initial = None if initial_states is None else initial_states.contiguous()
     dfinal = None if dfinal_states is None else dfinal_states.contiguous()
-    dinitial = absent if initial is None else torch.empty_like(initial)
+    dinitial = absent if initial is None else torch.empty(initial.shape, dtype=torch.float32, **fresh)
     if x.numel() == 0:
         if initial is not None:
             dinitial.zero_() if dfinal is None else dinitial.copy_(dfinal)
-        rest = [absent if t is None else torch.zeros_like(t) for t in (x, dt, A, B, C, D, z, dt_bias)]
-        return *rest, dinitial
+
+        def zeros(t, dtype):
+            return absent if t is None else torch.zeros(t.shape, dtype=dtype, **fresh)
+
+        acc = torch.float32
+        return (
+            zeros(x, x.dtype), zeros(dt, dt.dtype), zeros(A, acc), zeros(B, B.dtype), zeros(C, C.dtype),
+            zeros(D, acc), zeros(z, x.dtype), zeros(dt_bias, acc), dinitial,
+        )  # fmt: skip
 
     if cu_seqlens is not None:
         cu_seqlens, seq_idx = cu_seqlens.contiguous(), None
     tile = backward_tile(x.dtype, P, N)
     chunks = divide(x, cu_seqlens, tile)
-    steps = Steps(dt, A, dt_bias, seq_idx, dt_softplus, dt_min, dt_max)
+    A, dt_bias = A.contiguous(), None if dt_bias is None else dt_bias.contiguous()
+    limits, flags = step_options(dt_softplus, dt_min, dt_max)
+    decays = prepare(dt, A, dt_bias, seq_idx, chunks, limits, flags)
     n_blocks = chunks.count * chunks.blocks
     h = torch.empty(n_blocks, H, P, N, dtype=x.dtype, **fresh)
     dh = torch.empty_like(h)
-    enter = enter_chunks(x, B, None, steps, chunks, tile, initial, None)
-    walk_states(x, B, None, steps, chunks, tile, enter, h, None, None, False)
+    enter = enter_chunks(x, B, None, decays, chunks, tile, initial, None)
+    walk_states(x, B, None, decays, chunks, tile, enter, h, None, None, False)
     del enter
     wanted = None if initial is None else dinitial
-    leave = enter_chunks(dy, C, z, steps, chunks, tile, dfinal, wanted, backward=True)
-    walk_states(dy, C, z, steps, chunks, tile, leave, dh, wanted if chunks.whole else None, None, True)
+    leave = enter_chunks(dy, C, z, decays, chunks, tile, dfinal, wanted, backward=True)
+    walk_states(dy, C, z, decays, chunks, tile, leave, dh, wanted if chunks.whole else None, None, True)
     del leave
 
     heads = H // G
     splits = min(heads, triton.cdiv(MIN_PROGRAMS, n_blocks * G))
     splits = triton.cdiv(heads, triton.cdiv(heads, splits))
     dx = torch.empty(x.shape, dtype=x.dtype, **fresh)
-    dz = absent if z is None else torch.empty(z.shape, dtype=z.dtype, **fresh)
+    dz = absent if z is None else torch.empty(z.shape, dtype=x.dtype, **fresh)
     ddt = torch.empty(dt.shape, dtype=dt.dtype, **fresh)
     dB = torch.empty(splits, *B.shape, dtype=torch.float32, **fresh)
     dC = torch.empty_like(dB)
-    dA = torch.empty(n_blocks, H, dtype=torch.float32, **fresh)
-    ddt_bias = None if dt_bias is None else torch.empty_like(dA)
-    dD = None if D is None else torch.empty(n_blocks, H, P, dtype=torch.float32, **fresh)
+    # Zeros, as blocks past the end of their chunk add nothing.
+    dA = torch.zeros(n_blocks, H, dtype=torch.float32, **fresh)
+    ddt_bias = None if dt_bias is None else torch.zeros_like(dA)
+    dD = None if D is None else torch.zeros(n_blocks, H, P, dtype=torch.float32, **fresh)
     D_strides = (0, 0) if D is None else (D.stride(0), D.stride(1) if D.dim() == 2 else 0)
     ssd_scan_backward_kernel[(n_blocks, splits, G)](
-        dy, x, B, C, D, z, *steps.pointers, h, dh, dx, None if z is None else dz, ddt, dB, dC, dA, ddt_bias, dD,
-        batch * T, H, P, N, *chunks.args,
-        *dy.stride(), *x.stride(), *B.stride(), *C.stride(), *strides_of(z), *D_strides, *steps.strides, *steps.limits,
-        HEADS_PER_GROUP=heads, SPLITS=splits, BLOCK_T=tile.time, BLOCK_P=tile.headdim, BLOCK_N=tile.state,
-        **steps.flags, PRECISION=precision_of(x.dtype), num_warps=tile.warps,
+        dy, x, B, C, D, z, dt, A, dt_bias, *decays.pointers, h, dh,
+        dx, None if z is None else dz, ddt, dB, dC, dA, ddt_bias, dD, batch * T, H, P, N, *chunks.args,
+        *dy.stride(), *x.stride(), *B.stride(), *C.stride(), *strides_of(z), *D_strides,
+        *dt.stride(), *decays.strides, *limits,
+        HEADS_PER_GROUP=heads, SPLITS=splits, BLOCK_T=tile.time, BLOCK_P=tile.headdim, BLOCK_N=tile.state, **flags,
+        PRECISION=precision_of(x.dtype), num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     if dD is not None:
-        dD = dD.sum((0, 2) if D.dim() == 1 else 0).to(D.dtype)
+        dD = dD.sum((0, 2) if D.dim() == 1 else 0)
     return (
         dx,
         ddt,
-        dA.sum(0).to(A.dtype),
+        dA.sum(0),
         dB.sum(0).to(B.dtype),
         dC.sum(0).to(C.dtype),
         absent if dD is None else dD,
         dz,
-        absent if ddt_bias is None else ddt_bias.sum(0).to(dt_bias.dtype),
+        absent if ddt_bias is None else ddt_bias.sum(0),
         dinitial,
     )

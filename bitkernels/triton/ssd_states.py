@@ -17,9 +17,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bitkernels.triton.elementwise import silu, step_size
+
 # Programs worth having before chunks grow beyond a block: several for each multiprocessor of a large GPU.
 MIN_PROGRAMS = 1024
 PASS_BLOCK = 1024
+STEPS_BLOCK_H = 16
 
 
 @dataclass(frozen=True)
@@ -30,15 +33,14 @@ class Tile:
     headdim: int
     state: int
     warps: int
+    stages: int = 2
 
 
 def forward_tile(dtype: torch.dtype, P: int, N: int) -> Tile:
     """Registers hold a float32 state [state, headdim] and a [time, headdim] output."""
     state = max(16, triton.next_power_of_2(N))
     headdim = max(16, triton.next_power_of_2(P))
-    if dtype == torch.float32:
-        return Tile(32, min(headdim, 32), state, 4 if state <= 128 else 8)
-    return Tile(64, min(headdim, 64), state, 4 if state <= 128 else 8)
+    return Tile(32 if dtype == torch.float32 else 64, min(headdim, 32), state, 4 if state <= 128 else 8)
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ def divide(x: Tensor, cu_seqlens: Tensor | None, tile: Tile) -> Chunks:
 
 @triton.jit
 def chunk_span(i_chunk, T, length, p_cu_seqlens, p_sequence, p_first):
-    """Batch row, first token and number of tokens (zero or less if there are none) of a chunk."""
+    """Batch row, first token and number of tokens of a chunk."""
     if p_cu_seqlens is None:
         per_row = tl.cdiv(T, length)
         i_b = i_chunk // per_row
@@ -101,49 +103,38 @@ def chunk_span(i_chunk, T, length, p_cu_seqlens, p_sequence, p_first):
         i_seq = tl.load(p_sequence + i_chunk)
         begin = tl.load(p_cu_seqlens + i_seq).to(tl.int64) + (i_chunk - tl.load(p_first + i_seq)) * length
         end = tl.load(p_cu_seqlens + i_seq + 1).to(tl.int64)
-    return i_b, begin, tl.minimum(end - begin, length)
+    return i_b, begin, tl.maximum(tl.minimum(end - begin, length), 0).to(tl.int32)
+
+
+@triton.jit
+def block_span(i_block, T, chunk_length, p_cu_seqlens, p_sequence, p_first, BLOCK_T: tl.constexpr):
+    """Batch row and tokens of a block, and which of them are there."""
+    blocks = chunk_length // BLOCK_T
+    i_b, begin, length = chunk_span(i_block // blocks, T, chunk_length, p_cu_seqlens, p_sequence, p_first)
+    offset = (i_block % blocks).to(tl.int32) * BLOCK_T
+    o_i = tl.arange(0, BLOCK_T)
+    return i_b, begin + offset + o_i, o_i < length - offset
 
 
 @triton.jit
 def load_tile(p_tile, o_row, stride_row, m_row, o_col, stride_col, m_col):
     """[rows, columns], zero where masked."""
     return tl.load(
-        p_tile + o_row[:, None] * stride_row + o_col[None, :] * stride_col, mask=m_row[:, None] & m_col[None, :], other=0.0
+        p_tile + o_row[:, None] * stride_row + o_col[None, :] * stride_col,
+        mask=m_row[:, None] & m_col[None, :],
+        other=0.0,
     )
 
 
 @triton.jit
-def silu(v):
-    return v * tl.sigmoid(v)
+def load_steps(p_step, p_total, o_i, count):
+    """[BLOCK_T] step sizes and log decays since the block began, and the log decay of the whole block.
 
-
-@triton.jit
-def softplus(v):
-    """log(1 + exp(v)), to full relative accuracy also where exp(v) is small, as trained step sizes are."""
-    e = tl.exp(-tl.abs(v))
-    u = 1.0 + e
-    # log(u) errs by the rounding of u, relatively as much as u - 1 errs from e.
-    log1p = tl.where(u == 1.0, e, tl.log(u) * (e / tl.where(u == 1.0, 1.0, u - 1.0)))
-    return tl.maximum(v, 0.0) + log1p
-
-
-@triton.jit
-def step_size(v, m_t, dt_min, dt_max, SOFTPLUS: tl.constexpr, CLAMP: tl.constexpr):
-    """dt + bias to the step size, zero where masked so that such tokens change nothing."""
-    if SOFTPLUS:
-        v = softplus(v)
-    if CLAMP:
-        v = tl.minimum(tl.maximum(v, dt_min), dt_max)
-    return tl.where(m_t, v, 0.0)
-
-
-@triton.jit
-def load_dt(p_dt, stride_t, o_t, m_t, p_dt_bias, i_h):
-    """[BLOCK_T] dt + bias of one head."""
-    v = tl.load(p_dt + o_t * stride_t, mask=m_t, other=0.0).to(tl.float32)
-    if p_dt_bias is not None:
-        v += tl.load(p_dt_bias + i_h).to(tl.float32)
-    return v
+    Tokens past ``count`` (at least 1) have a step of zero, so that they change nothing.
+    """
+    step = tl.load(p_step + o_i, mask=o_i < count, other=0.0)
+    total = tl.load(p_total + tl.minimum(o_i, count - 1))
+    return step, total, tl.load(p_total + tl.minimum(count, o_i.shape[0]) - 1)
 
 
 @triton.jit
@@ -162,13 +153,51 @@ def last_of(v, BLOCK_T: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["T", "chunk_length"])
+def steps_kernel(
+    p_dt,  # [B, T, H]
+    p_A,  # [H]
+    p_dt_bias,  # [H] or None
+    p_step,  # [B, H, T] float32 receives the step sizes
+    p_total,  # [B, H, T] float32 receives the log decays since the block began
+    H,
+    T,
+    chunk_length,
+    p_cu_seqlens,
+    p_sequence,
+    p_first,
+    stride_dt_b,
+    stride_dt_t,
+    stride_dt_h,
+    dt_min,
+    dt_max,
+    BLOCK_T: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    SOFTPLUS: tl.constexpr,
+    CLAMP: tl.constexpr,
+):
+    i_b, o_t, m_t = block_span(
+        tl.program_id(0).to(tl.int64), T, chunk_length, p_cu_seqlens, p_sequence, p_first, BLOCK_T
+    )
+    o_h = tl.program_id(1).to(tl.int64) * BLOCK_H + tl.arange(0, BLOCK_H)
+    m_h = o_h < H
+    dt = load_tile(p_dt + i_b * stride_dt_b, o_t, stride_dt_t, m_t, o_h, stride_dt_h, m_h).to(tl.float32)
+    if p_dt_bias is not None:
+        dt += tl.load(p_dt_bias + o_h, mask=m_h, other=0.0).to(tl.float32)[None, :]
+    step = tl.where(m_t[:, None], step_size(dt, dt_min, dt_max, SOFTPLUS, CLAMP), 0.0)
+    total = tl.cumsum(step * tl.load(p_A + o_h, mask=m_h, other=0.0).to(tl.float32)[None, :], 0)
+    o_out = (i_b * H + o_h)[None, :] * T + o_t[:, None]
+    m_out = m_t[:, None] & m_h[None, :]
+    tl.store(p_step + o_out, step, mask=m_out)
+    tl.store(p_total + o_out, total, mask=m_out)
+
+
+@triton.jit(do_not_specialize=["T", "chunk_length"])
 def walk_states_kernel(
     p_u,  # [B, T, H, P] x, or dy backwards
     p_v,  # [B, T, G, N] B, or C backwards
     p_z,  # [B, T, H, P], gates u, or None
-    p_dt,  # [B, T, H]
-    p_A,  # [H]
-    p_dt_bias,  # [H] or None
+    p_step,  # [B, H, T]
+    p_total,  # [B, H, T]
     p_seq_idx,  # [B, T] or None
     p_enter,  # [chunks, H, P, N] the state to start from, None: zero
     p_blocks,  # [chunks * blocks, H, P, N] receives the state on entering each block, or None
@@ -194,19 +223,12 @@ def walk_states_kernel(
     stride_z_t,
     stride_z_h,
     stride_z_p,
-    stride_dt_b,
-    stride_dt_t,
-    stride_dt_h,
     stride_seq_b,
     stride_seq_t,
-    dt_min,
-    dt_max,
     HEADS_PER_GROUP: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    SOFTPLUS: tl.constexpr,
-    CLAMP: tl.constexpr,
     BACKWARD: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -214,6 +236,7 @@ def walk_states_kernel(
     i_h = tl.program_id(1).to(tl.int64)
     o_p = tl.program_id(2) * BLOCK_P + tl.arange(0, BLOCK_P)
     o_n = tl.arange(0, BLOCK_N)
+    o_i = tl.arange(0, BLOCK_T)
     m_p = o_p < P
     m_n = o_n < N
     m_state = m_n[:, None] & m_p[None, :]
@@ -222,43 +245,35 @@ def walk_states_kernel(
     i_b, begin, length = chunk_span(i_chunk, T, chunk_length, p_cu_seqlens, p_sequence, p_first)
     p_u += i_b * stride_u_b + i_h * stride_u_h
     p_v += i_b * stride_v_b + (i_h // HEADS_PER_GROUP) * stride_v_g
-    p_dt += i_b * stride_dt_b + i_h * stride_dt_h
+    p_step += (i_b * H + i_h) * T + begin
+    p_total += (i_b * H + i_h) * T + begin
     if p_z is not None:
         p_z += i_b * stride_z_b + i_h * stride_z_h
     if p_seq_idx is not None:
         p_seq_idx += i_b * stride_seq_b
-    A = tl.load(p_A + i_h).to(tl.float32)
 
     if p_enter is not None:
         state = tl.load(p_enter + (i_chunk * H + i_h) * P * N + o_state, mask=m_state, other=0.0).to(tl.float32)
     else:
         state = tl.zeros([BLOCK_N, BLOCK_P], tl.float32)
     kept = 1.0
-    n_blocks = tl.cdiv(tl.maximum(length, 0), BLOCK_T)
+    n_blocks = tl.cdiv(length, BLOCK_T)
     for step in range(0, n_blocks):
         i_block = n_blocks - 1 - step if BACKWARD else step
         if p_blocks is not None:
             i_row = (i_chunk * (chunk_length // BLOCK_T) + i_block) * H + i_h
             tl.store(p_blocks + i_row * P * N + o_state, state.to(p_blocks.dtype.element_ty), mask=m_state)
-        o_i = i_block * BLOCK_T + tl.arange(0, BLOCK_T)
-        o_t = begin + o_i
-        m_t = o_i < length
-        dt = step_size(load_dt(p_dt, stride_dt_t, o_t, m_t, p_dt_bias, i_h), m_t, dt_min, dt_max, SOFTPLUS, CLAMP)
-        total = tl.cumsum(dt * A, 0)
-        last = last_of(total, BLOCK_T)
+        o_first = i_block * BLOCK_T
+        o_t = begin + o_first + o_i
+        m_t = o_i < length - o_first
+        dt, total, last = load_steps(p_step + o_first, p_total + o_first, o_i, length - o_first)
         decay = tl.exp(last)
-        if BACKWARD:
-            scale = tl.exp(total)
-        else:
-            scale = tl.exp(last - total) * dt
+        scale = tl.exp(total) if BACKWARD else tl.exp(last - total) * dt
         if p_seq_idx is not None:
             segment = load_segments(p_seq_idx, stride_seq_t, o_t, m_t)
             last_segment = last_of(segment, BLOCK_T)
             decay = tl.where(last_segment == 0, decay, 0.0)
-            if BACKWARD:
-                scale = tl.where(segment == 0, scale, 0.0)
-            else:
-                scale = tl.where(segment == last_segment, scale, 0.0)
+            scale = tl.where(segment == (0 if BACKWARD else last_segment), scale, 0.0)
         b_u = load_tile(p_u, o_t, stride_u_t, m_t, o_p, stride_u_p, m_p)
         b_v = load_tile(p_v, o_t, stride_v_t, m_t, o_n, stride_v_n, m_n)
         u = b_u.to(tl.float32) * scale[:, None]
@@ -268,9 +283,7 @@ def walk_states_kernel(
         kept *= decay
 
     if p_leave is not None:
-        tl.store(
-            p_leave + (i_chunk * H + i_h) * P * N + o_state, state.to(p_leave.dtype.element_ty), mask=m_state
-        )
+        tl.store(p_leave + (i_chunk * H + i_h) * P * N + o_state, state.to(p_leave.dtype.element_ty), mask=m_state)
     if p_decay is not None:
         tl.store(p_decay + i_chunk * H + i_h, kept)
 
@@ -315,34 +328,34 @@ def pass_states_kernel(
 
 
 @dataclass(frozen=True)
-class Steps:
-    """The arguments that turn dt into step sizes and decays, and where sequences change."""
+class Decays:
+    """What the kernels that move states read of time."""
 
-    dt: Tensor
-    A: Tensor
-    dt_bias: Tensor | None
-    seq_idx: Tensor | None
-    softplus: bool
-    dt_min: float
-    dt_max: float | None
+    step: Tensor  # [B, H, T] float32
+    total: Tensor  # [B, H, T] float32
+    seq_idx: Tensor | None  # [B, T]
 
     @property
     def pointers(self) -> tuple:
-        bias = None if self.dt_bias is None else self.dt_bias.contiguous()
-        return self.dt, self.A.contiguous(), bias, self.seq_idx
+        return self.step, self.total, self.seq_idx
 
     @property
     def strides(self) -> tuple:
-        return *self.dt.stride(), *((0, 0) if self.seq_idx is None else self.seq_idx.stride())
+        return (0, 0) if self.seq_idx is None else self.seq_idx.stride()
 
-    @property
-    def limits(self) -> tuple:
-        return self.dt_min, float("inf") if self.dt_max is None else self.dt_max
 
-    @property
-    def flags(self) -> dict:
-        clamp = self.dt_min != 0.0 or self.dt_max not in (None, float("inf"))
-        return {"SOFTPLUS": self.softplus, "CLAMP": clamp}
+def prepare(
+    dt: Tensor, A: Tensor, dt_bias: Tensor | None, seq_idx: Tensor | None, chunks: Chunks, limits: tuple, flags: dict
+) -> Decays:
+    """Step sizes and decays; A and dt_bias contiguous, limits and flags as of ``step_options``."""
+    batch, T, H = dt.shape
+    step = torch.empty(batch, H, T, dtype=torch.float32, device=dt.device)
+    total = torch.empty_like(step)
+    steps_kernel[(chunks.count * chunks.blocks, triton.cdiv(H, STEPS_BLOCK_H))](
+        dt, A, dt_bias, step, total, H, *chunks.args, *dt.stride(), *limits,
+        BLOCK_T=chunks.block, BLOCK_H=STEPS_BLOCK_H, **flags, num_warps=4,
+    )  # fmt: skip
+    return Decays(step, total, seq_idx)
 
 
 def strides_of(t: Tensor | None) -> tuple:
@@ -358,7 +371,7 @@ def walk_states(
     u: Tensor,
     v: Tensor,
     z: Tensor | None,
-    steps: Steps,
+    decays: Decays,
     chunks: Chunks,
     tile: Tile,
     enter: Tensor | None,
@@ -370,10 +383,10 @@ def walk_states(
     H, P = u.shape[2:]
     G, N = v.shape[2:]
     walk_states_kernel[(chunks.count, H, triton.cdiv(P, tile.headdim))](
-        u, v, z, *steps.pointers, enter, blocks, leave, decay, H, P, N, *chunks.args,
-        *u.stride(), *v.stride(), *strides_of(z), *steps.strides, *steps.limits,
-        HEADS_PER_GROUP=H // G, BLOCK_T=tile.time, BLOCK_P=tile.headdim, BLOCK_N=tile.state, **steps.flags,
-        BACKWARD=backward, PRECISION=precision_of(u.dtype), num_warps=tile.warps,
+        u, v, z, *decays.pointers, enter, blocks, leave, decay, H, P, N, *chunks.args,
+        *u.stride(), *v.stride(), *strides_of(z), *decays.strides,
+        HEADS_PER_GROUP=H // G, BLOCK_T=tile.time, BLOCK_P=tile.headdim, BLOCK_N=tile.state,
+        BACKWARD=backward, PRECISION=precision_of(u.dtype), num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 
 
@@ -381,7 +394,7 @@ def enter_chunks(
     u: Tensor,
     v: Tensor,
     z: Tensor | None,
-    steps: Steps,
+    decays: Decays,
     chunks: Chunks,
     tile: Tile,
     initial: Tensor | None,
@@ -398,7 +411,7 @@ def enter_chunks(
     N = v.shape[3]
     states = torch.empty(chunks.count, H, P, N, dtype=torch.float32, device=u.device)
     decay = torch.empty(chunks.count, H, dtype=torch.float32, device=u.device)
-    walk_states(u, v, z, steps, chunks, tile, None, None, states, decay, backward)
+    walk_states(u, v, z, decays, chunks, tile, None, None, states, decay, backward)
     pass_states_kernel[(chunks.sequences, H, triton.cdiv(P * N, PASS_BLOCK))](
         states, decay, initial, final, H, P * N, *chunks.args, BLOCK=PASS_BLOCK, BACKWARD=backward, num_warps=4
     )
