@@ -2,8 +2,8 @@
 #include "lookup.h"
 
 #include <algorithm>
-#include <memory>
 #include <new>
+#include <type_traits>
 
 #include "cpu_features.h"
 #include "element.h"
@@ -195,6 +195,15 @@ constexpr LookupKernels<T> kPortable = {kPortableRows,         kGroups* kEntries
 
 template <typename T>
 const LookupKernels<T>& kernels_for(Format format) {
+#if defined(__x86_64__)
+  if constexpr (std::is_same_v<T, float>) {
+    switch (path()) {
+      case Path::kAvx512: return lookup_avx512(format);
+      case Path::kAvx2: return lookup_avx2(format);
+      case Path::kPortable: break;
+    }
+  }
+#endif
   return format == Format::kSign ? kPortable<Format::kSign, T> : kPortable<Format::kTernary, T>;
 }
 

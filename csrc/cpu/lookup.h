@@ -27,6 +27,10 @@ struct LookupKernels {
 
 enum class Format { kSign, kTernary };
 
+// Defined in lookup_<path>.cpp, to be called on machines with that instruction set alone.
+const LookupKernels<float>& lookup_avx2(Format);
+const LookupKernels<float>& lookup_avx512(Format);
+
 constexpr int64_t per_word(Format format) { return format == Format::kSign ? kSignsPerWord : kTernaryPerWord; }
 
 // A vector of scales, or one value for all indices where stride is 0.

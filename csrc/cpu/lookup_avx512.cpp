@@ -1,0 +1,119 @@
+// Lookup kernels for AVX-512: a table of 16 floats is one register, and vpermps looks up 16 rows at once
+// by the low 4 bits of each lane.
+#include <immintrin.h>
+
+#include "lookup.h"
+
+namespace bitkernels::cpu {
+namespace {
+
+constexpr int kLanes = 16;
+constexpr int kVectors = 4;  // registers of rows
+constexpr int kRows = kVectors * kLanes;
+constexpr int kGroups = 8;  // groups of 4 bits in a word
+constexpr int kTableWidth = kGroups * kLanes;
+constexpr int kBlockTokens = 4;
+
+void tabulate_sign(const float* x, int64_t words, float* tables) {
+  // Lane i holds the sign that bit j of i stands for.
+  const __m512 one = _mm512_set1_ps(1), minus = _mm512_set1_ps(-1);
+  const __m512 s0 = _mm512_mask_blend_ps(0xaaaa, minus, one), s1 = _mm512_mask_blend_ps(0xcccc, minus, one);
+  const __m512 s2 = _mm512_mask_blend_ps(0xf0f0, minus, one), s3 = _mm512_mask_blend_ps(0xff00, minus, one);
+  for (int64_t i = 0; i < words * kGroups; ++i, x += 4, tables += kLanes) {
+    // Products with signs are exact, so each fused operation rounds as an addition does.
+    const __m512 low = _mm512_fmadd_ps(s0, _mm512_set1_ps(x[0]), _mm512_mul_ps(s1, _mm512_set1_ps(x[1])));
+    const __m512 high = _mm512_fmadd_ps(s2, _mm512_set1_ps(x[2]), _mm512_mul_ps(s3, _mm512_set1_ps(x[3])));
+    _mm512_store_ps(tables, _mm512_add_ps(low, high));
+  }
+}
+
+void tabulate_ternary(const float* x, int64_t words, float* tables) {
+  const __m512 low = _mm512_setr_ps(-1, 0, 1, 2, -1, 0, 1, 2, -1, 0, 1, 2, -1, 0, 1, 2);
+  const __m512 high = _mm512_setr_ps(-1, -1, -1, -1, 0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2);
+  for (int64_t i = 0; i < words * kGroups; ++i, x += 2, tables += kLanes) {
+    const __m512 second = _mm512_mul_ps(high, _mm512_set1_ps(x[1]));
+    _mm512_store_ps(tables, _mm512_fmadd_ps(low, _mm512_set1_ps(x[0]), second));
+  }
+}
+
+// 16 rows of up to 16 words: columns become rows.
+void transpose_16x16(const uint32_t* const* w, int64_t word, int count, uint32_t* panel) {
+  const __mmask16 valid = static_cast<__mmask16>((1u << count) - 1);
+  __m512i a[16], b[16];
+  for (int i = 0; i < 16; ++i) a[i] = _mm512_maskz_loadu_epi32(valid, w[i] + word);
+  for (int i = 0; i < 16; i += 2) {
+    b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+    b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
+    a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
+    a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
+    a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
+  }
+  // a[4 q + j]: lane l of 128 bits holds words 4 l + j of rows 4 q to 4 q + 3.
+  for (int j = 0; j < 4; ++j) {
+    const __m512i low01 = _mm512_shuffle_i32x4(a[j], a[j + 4], 0x44), high01 = _mm512_shuffle_i32x4(a[j], a[j + 4], 0xee);
+    const __m512i low23 = _mm512_shuffle_i32x4(a[j + 8], a[j + 12], 0x44);
+    const __m512i high23 = _mm512_shuffle_i32x4(a[j + 8], a[j + 12], 0xee);
+    b[j] = _mm512_shuffle_i32x4(low01, low23, 0x88);
+    b[j + 4] = _mm512_shuffle_i32x4(low01, low23, 0xdd);
+    b[j + 8] = _mm512_shuffle_i32x4(high01, high23, 0x88);
+    b[j + 12] = _mm512_shuffle_i32x4(high01, high23, 0xdd);
+  }
+  for (int i = 0; i < 16; ++i) {
+    if (i < count) _mm512_store_si512(panel + i * kRows, b[i]);
+  }
+}
+
+void transpose(const uint32_t* const* w, int64_t words, uint32_t* panel) {
+  for (int64_t i = 0; i < words; i += 16) {
+    const int count = static_cast<int>(words - i < 16 ? words - i : 16);
+    for (int v = 0; v < kVectors; ++v) {
+      transpose_16x16(w + v * kLanes, i, count, panel + i * kRows + v * kLanes);
+    }
+  }
+}
+
+template <int kTokens>
+void accumulate_tokens(const uint32_t* panel, int64_t words, const float* tables, int64_t stride, float* dots) {
+  __m512 sums[kTokens][kVectors];
+  for (int t = 0; t < kTokens; ++t) {
+    for (int v = 0; v < kVectors; ++v) sums[t][v] = _mm512_setzero_ps();
+  }
+  for (int64_t i = 0; i < words; ++i, panel += kRows, tables += kTableWidth) {
+    __m512i w[kVectors];
+    for (int v = 0; v < kVectors; ++v) w[v] = _mm512_load_si512(panel + v * kLanes);
+#pragma GCC unroll 8
+    for (int g = 0; g < kGroups; ++g) {
+      for (int t = 0; t < kTokens; ++t) {
+        const __m512 table = _mm512_load_ps(tables + t * stride + g * kLanes);
+        for (int v = 0; v < kVectors; ++v) {
+          sums[t][v] = _mm512_add_ps(sums[t][v], _mm512_permutexvar_ps(w[v], table));
+        }
+      }
+      for (int v = 0; v < kVectors; ++v) w[v] = _mm512_srli_epi32(w[v], 4);
+    }
+  }
+  for (int t = 0; t < kTokens; ++t) {
+    for (int v = 0; v < kVectors; ++v) _mm512_store_ps(dots + t * kRows + v * kLanes, sums[t][v]);
+  }
+}
+
+void accumulate(const uint32_t* panel, int64_t words, const float* tables, int64_t stride, int tokens, float* dots) {
+  switch (tokens) {
+    case 1: return accumulate_tokens<1>(panel, words, tables, stride, dots);
+    case 2: return accumulate_tokens<2>(panel, words, tables, stride, dots);
+    case 3: return accumulate_tokens<3>(panel, words, tables, stride, dots);
+    case 4: return accumulate_tokens<4>(panel, words, tables, stride, dots);
+  }
+}
+
+constexpr LookupKernels<float> kSign{kRows, kTableWidth, kBlockTokens, tabulate_sign, transpose, accumulate};
+constexpr LookupKernels<float> kTernary{kRows, kTableWidth, kBlockTokens, tabulate_ternary, transpose, accumulate};
+
+}  // namespace
+
+const LookupKernels<float>& lookup_avx512(Format format) { return format == Format::kSign ? kSign : kTernary; }
+
+}  // namespace bitkernels::cpu
