@@ -90,11 +90,12 @@ class Worker {
     const uint32_t* w[kMaxPanelRows];
     for (int r = 0; r < rows; ++r) w[r] = a_.w + std::min(n0 + r, a_.N - 1) * words_;
     kernels_.transpose(w, words_, panel_.data);
+    const uint32_t* next = a_.w + (n0 + 2 * rows <= a_.N ? n0 + rows : 0) * words_;
     const int64_t stride = words_ * kernels_.table_width;
     const int64_t tokens = tokens_of(block);
     for (int64_t t = 0; t < tokens; t += kernels_.block_tokens) {
       const int count = static_cast<int>(std::min<int64_t>(kernels_.block_tokens, tokens - t));
-      kernels_.accumulate(panel_.data, words_, tables_.data + t * stride, stride, count, dots_.data + t * rows);
+      kernels_.accumulate(panel_.data, words_, tables_.data + t * stride, stride, count, dots_.data + t * rows, next);
     }
     const int64_t columns = std::min<int64_t>(rows, a_.N - n0);
     visit(a_.dtype, [&](auto element) {
@@ -177,7 +178,7 @@ void transpose(const uint32_t* const* w, int64_t words, uint32_t* panel) {
 }
 
 template <typename T>
-void accumulate(const uint32_t* panel, int64_t words, const T* tables, int64_t, int, T* dots) {
+void accumulate(const uint32_t* panel, int64_t words, const T* tables, int64_t, int, T* dots, const uint32_t*) {
   T sums[kPortableRows] = {};
   for (int64_t i = 0; i < words; ++i) {
     const T* table = tables + i * kGroups * kEntries;

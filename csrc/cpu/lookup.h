@@ -21,8 +21,9 @@ struct LookupKernels {
   // panel from `rows` rows of `words` words each.
   void (*transpose)(const uint32_t* const* w, int64_t words, uint32_t* panel);
   // dots[t * rows + r] = dot product of row r and token t < tokens <= block_tokens; the tables of a token
-  // are table_stride apart.
-  void (*accumulate)(const uint32_t* panel, int64_t words, const T* tables, int64_t table_stride, int tokens, T* dots);
+  // are table_stride apart. `next`: the weights of the panel to come (rows * words), fetched meanwhile.
+  void (*accumulate)(const uint32_t* panel, int64_t words, const T* tables, int64_t table_stride, int tokens, T* dots,
+                     const uint32_t* next);
 };
 
 enum class Format { kSign, kTernary };

@@ -84,12 +84,14 @@ void transpose(const uint32_t* const* w, int64_t words, uint32_t* panel) {
 }
 
 template <typename Code, int kTokens>
-void accumulate_tokens(const uint32_t* panel, int64_t words, const float* tables, int64_t stride, float* dots) {
+void accumulate_tokens(const uint32_t* panel, int64_t words, const float* tables, int64_t stride, float* dots,
+                       const uint32_t* next) {
   __m256 sums[kTokens][kVectors];
   for (int t = 0; t < kTokens; ++t) {
     for (int v = 0; v < kVectors; ++v) sums[t][v] = _mm256_setzero_ps();
   }
-  for (int64_t i = 0; i < words; ++i, panel += kRows, tables += Code::kGroups * Code::kEntries) {
+  for (int64_t i = 0; i < words; ++i, panel += kRows, next += kRows, tables += Code::kGroups * Code::kEntries) {
+    for (int line = 0; line < kRows; line += 16) _mm_prefetch(next + line, _MM_HINT_T0);
     __m256i w[kVectors];
     for (int v = 0; v < kVectors; ++v) {
       w[v] = _mm256_load_si256(reinterpret_cast<const __m256i*>(panel + v * kLanes));
@@ -109,10 +111,11 @@ void accumulate_tokens(const uint32_t* panel, int64_t words, const float* tables
 }
 
 template <typename Code>
-void accumulate(const uint32_t* panel, int64_t words, const float* tables, int64_t stride, int tokens, float* dots) {
+void accumulate(const uint32_t* panel, int64_t words, const float* tables, int64_t stride, int tokens, float* dots,
+                const uint32_t* next) {
   switch (tokens) {
-    case 1: return accumulate_tokens<Code, 1>(panel, words, tables, stride, dots);
-    case 2: return accumulate_tokens<Code, 2>(panel, words, tables, stride, dots);
+    case 1: return accumulate_tokens<Code, 1>(panel, words, tables, stride, dots, next);
+    case 2: return accumulate_tokens<Code, 2>(panel, words, tables, stride, dots, next);
   }
 }
 

@@ -76,12 +76,14 @@ void transpose(const uint32_t* const* w, int64_t words, uint32_t* panel) {
 }
 
 template <int kTokens>
-void accumulate_tokens(const uint32_t* panel, int64_t words, const float* tables, int64_t stride, float* dots) {
+void accumulate_tokens(const uint32_t* panel, int64_t words, const float* tables, int64_t stride, float* dots,
+                       const uint32_t* next) {
   __m512 sums[kTokens][kVectors];
   for (int t = 0; t < kTokens; ++t) {
     for (int v = 0; v < kVectors; ++v) sums[t][v] = _mm512_setzero_ps();
   }
-  for (int64_t i = 0; i < words; ++i, panel += kRows, tables += kTableWidth) {
+  for (int64_t i = 0; i < words; ++i, panel += kRows, next += kRows, tables += kTableWidth) {
+    for (int line = 0; line < kRows; line += 16) _mm_prefetch(next + line, _MM_HINT_T0);
     __m512i w[kVectors];
     for (int v = 0; v < kVectors; ++v) w[v] = _mm512_load_si512(panel + v * kLanes);
 #pragma GCC unroll 8
@@ -100,12 +102,13 @@ void accumulate_tokens(const uint32_t* panel, int64_t words, const float* tables
   }
 }
 
-void accumulate(const uint32_t* panel, int64_t words, const float* tables, int64_t stride, int tokens, float* dots) {
+void accumulate(const uint32_t* panel, int64_t words, const float* tables, int64_t stride, int tokens, float* dots,
+                const uint32_t* next) {
   switch (tokens) {
-    case 1: return accumulate_tokens<1>(panel, words, tables, stride, dots);
-    case 2: return accumulate_tokens<2>(panel, words, tables, stride, dots);
-    case 3: return accumulate_tokens<3>(panel, words, tables, stride, dots);
-    case 4: return accumulate_tokens<4>(panel, words, tables, stride, dots);
+    case 1: return accumulate_tokens<1>(panel, words, tables, stride, dots, next);
+    case 2: return accumulate_tokens<2>(panel, words, tables, stride, dots, next);
+    case 3: return accumulate_tokens<3>(panel, words, tables, stride, dots, next);
+    case 4: return accumulate_tokens<4>(panel, words, tables, stride, dots, next);
   }
 }
 
