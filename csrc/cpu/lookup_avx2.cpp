@@ -3,12 +3,13 @@
 #include <immintrin.h>
 
 #include "lookup.h"
+#include "panel.h"
 
 namespace bitkernels::cpu {
 namespace {
 
 constexpr int kLanes = 8;
-constexpr int kVectors = 4;  // registers of rows
+constexpr int kVectors = 4;  // registers of rows, half a panel
 constexpr int kRows = kVectors * kLanes;
 constexpr int kBlockTokens = 2;
 
@@ -50,39 +51,6 @@ void tabulate_ternary(const float* x, int64_t words, float* tables) {
   }
 }
 
-// 8 rows of 8 words: columns become rows.
-void transpose_8x8(const uint32_t* const* w, int64_t word, uint32_t* panel) {
-  __m256i a[8], b[8];
-  // Halves first: a[i] holds words 0-3 of rows i and i + 4, a[i + 4] words 4-7.
-  for (int i = 0; i < 4; ++i) {
-    const __m256i r = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w[i] + word));
-    const __m256i s = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w[i + 4] + word));
-    a[i] = _mm256_permute2x128_si256(r, s, 0x20);
-    a[i + 4] = _mm256_permute2x128_si256(r, s, 0x31);
-  }
-  for (int i = 0; i < 8; i += 2) {
-    b[i] = _mm256_unpacklo_epi32(a[i], a[i + 1]);
-    b[i + 1] = _mm256_unpackhi_epi32(a[i], a[i + 1]);
-  }
-  for (int i = 0; i < 8; i += 4) {
-    a[i] = _mm256_unpacklo_epi64(b[i], b[i + 2]);
-    a[i + 1] = _mm256_unpackhi_epi64(b[i], b[i + 2]);
-    a[i + 2] = _mm256_unpacklo_epi64(b[i + 1], b[i + 3]);
-    a[i + 3] = _mm256_unpackhi_epi64(b[i + 1], b[i + 3]);
-  }
-  for (int i = 0; i < 8; ++i) _mm256_store_si256(reinterpret_cast<__m256i*>(panel + i * kRows), a[i]);
-}
-
-void transpose(const uint32_t* const* w, int64_t words, uint32_t* panel) {
-  const int64_t whole = words / 8 * 8;
-  for (int64_t i = 0; i < whole; i += 8) {
-    for (int v = 0; v < kVectors; ++v) transpose_8x8(w + v * kLanes, i, panel + i * kRows + v * kLanes);
-  }
-  for (int64_t i = whole; i < words; ++i) {
-    for (int r = 0; r < kRows; ++r) panel[i * kRows + r] = w[r][i];
-  }
-}
-
 template <typename Code, int kTokens>
 void accumulate_tokens(const uint32_t* panel, int64_t words, const float* tables, int64_t stride, float* dots,
                        const uint32_t* next) {
@@ -90,7 +58,7 @@ void accumulate_tokens(const uint32_t* panel, int64_t words, const float* tables
   for (int t = 0; t < kTokens; ++t) {
     for (int v = 0; v < kVectors; ++v) sums[t][v] = _mm256_setzero_ps();
   }
-  for (int64_t i = 0; i < words; ++i, panel += kRows, next += kRows, tables += Code::kGroups * Code::kEntries) {
+  for (int64_t i = 0; i < words; ++i, panel += kPanelRows, next += kRows, tables += Code::kGroups * Code::kEntries) {
     for (int line = 0; line < kRows; line += 16) _mm_prefetch(next + line, _MM_HINT_T0);
     __m256i w[kVectors];
     for (int v = 0; v < kVectors; ++v) {
@@ -106,22 +74,22 @@ void accumulate_tokens(const uint32_t* panel, int64_t words, const float* tables
     }
   }
   for (int t = 0; t < kTokens; ++t) {
-    for (int v = 0; v < kVectors; ++v) _mm256_store_ps(dots + t * kRows + v * kLanes, sums[t][v]);
+    for (int v = 0; v < kVectors; ++v) _mm256_store_ps(dots + t * kPanelRows + v * kLanes, sums[t][v]);
   }
 }
 
 template <typename Code>
 void accumulate(const uint32_t* panel, int64_t words, const float* tables, int64_t stride, int tokens, float* dots,
                 const uint32_t* next) {
-  switch (tokens) {
-    case 1: return accumulate_tokens<Code, 1>(panel, words, tables, stride, dots, next);
-    case 2: return accumulate_tokens<Code, 2>(panel, words, tables, stride, dots, next);
+  const auto kernel = tokens == 1 ? accumulate_tokens<Code, 1> : accumulate_tokens<Code, 2>;
+  for (int r = 0; r < kPanelRows; r += kRows) {
+    kernel(panel + r, words, tables, stride, dots + r, next + r * words);
   }
 }
 
 template <typename Code>
 constexpr LookupKernels<float> kernels(void (*tabulate)(const float*, int64_t, float*)) {
-  return {kRows, Code::kGroups * Code::kEntries, kBlockTokens, tabulate, transpose, accumulate<Code>};
+  return {Code::kGroups * Code::kEntries, kBlockTokens, tabulate, accumulate<Code>};
 }
 
 constexpr LookupKernels<float> kSign = kernels<Sign>(tabulate_sign);

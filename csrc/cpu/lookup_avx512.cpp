@@ -3,13 +3,13 @@
 #include <immintrin.h>
 
 #include "lookup.h"
+#include "panel.h"
 
 namespace bitkernels::cpu {
 namespace {
 
 constexpr int kLanes = 16;
-constexpr int kVectors = 4;  // registers of rows
-constexpr int kRows = kVectors * kLanes;
+constexpr int kVectors = kPanelRows / kLanes;
 constexpr int kGroups = 8;  // groups of 4 bits in a word
 constexpr int kTableWidth = kGroups * kLanes;
 constexpr int kBlockTokens = 4;
@@ -36,45 +36,6 @@ void tabulate_ternary(const float* x, int64_t words, float* tables) {
   }
 }
 
-// 16 rows of up to 16 words: columns become rows.
-void transpose_16x16(const uint32_t* const* w, int64_t word, int count, uint32_t* panel) {
-  const __mmask16 valid = static_cast<__mmask16>((1u << count) - 1);
-  __m512i a[16], b[16];
-  for (int i = 0; i < 16; ++i) a[i] = _mm512_maskz_loadu_epi32(valid, w[i] + word);
-  for (int i = 0; i < 16; i += 2) {
-    b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
-    b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
-  }
-  for (int i = 0; i < 16; i += 4) {
-    a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
-    a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
-    a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
-    a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
-  }
-  // a[4 q + j]: lane l of 128 bits holds words 4 l + j of rows 4 q to 4 q + 3.
-  for (int j = 0; j < 4; ++j) {
-    const __m512i low01 = _mm512_shuffle_i32x4(a[j], a[j + 4], 0x44), high01 = _mm512_shuffle_i32x4(a[j], a[j + 4], 0xee);
-    const __m512i low23 = _mm512_shuffle_i32x4(a[j + 8], a[j + 12], 0x44);
-    const __m512i high23 = _mm512_shuffle_i32x4(a[j + 8], a[j + 12], 0xee);
-    b[j] = _mm512_shuffle_i32x4(low01, low23, 0x88);
-    b[j + 4] = _mm512_shuffle_i32x4(low01, low23, 0xdd);
-    b[j + 8] = _mm512_shuffle_i32x4(high01, high23, 0x88);
-    b[j + 12] = _mm512_shuffle_i32x4(high01, high23, 0xdd);
-  }
-  for (int i = 0; i < 16; ++i) {
-    if (i < count) _mm512_store_si512(panel + i * kRows, b[i]);
-  }
-}
-
-void transpose(const uint32_t* const* w, int64_t words, uint32_t* panel) {
-  for (int64_t i = 0; i < words; i += 16) {
-    const int count = static_cast<int>(words - i < 16 ? words - i : 16);
-    for (int v = 0; v < kVectors; ++v) {
-      transpose_16x16(w + v * kLanes, i, count, panel + i * kRows + v * kLanes);
-    }
-  }
-}
-
 template <int kTokens>
 void accumulate_tokens(const uint32_t* panel, int64_t words, const float* tables, int64_t stride, float* dots,
                        const uint32_t* next) {
@@ -82,8 +43,8 @@ void accumulate_tokens(const uint32_t* panel, int64_t words, const float* tables
   for (int t = 0; t < kTokens; ++t) {
     for (int v = 0; v < kVectors; ++v) sums[t][v] = _mm512_setzero_ps();
   }
-  for (int64_t i = 0; i < words; ++i, panel += kRows, next += kRows, tables += kTableWidth) {
-    for (int line = 0; line < kRows; line += 16) _mm_prefetch(next + line, _MM_HINT_T0);
+  for (int64_t i = 0; i < words; ++i, panel += kPanelRows, next += kPanelRows, tables += kTableWidth) {
+    for (int line = 0; line < kPanelRows; line += 16) _mm_prefetch(next + line, _MM_HINT_T0);
     __m512i w[kVectors];
     for (int v = 0; v < kVectors; ++v) w[v] = _mm512_load_si512(panel + v * kLanes);
 #pragma GCC unroll 8
@@ -98,7 +59,7 @@ void accumulate_tokens(const uint32_t* panel, int64_t words, const float* tables
     }
   }
   for (int t = 0; t < kTokens; ++t) {
-    for (int v = 0; v < kVectors; ++v) _mm512_store_ps(dots + t * kRows + v * kLanes, sums[t][v]);
+    for (int v = 0; v < kVectors; ++v) _mm512_store_ps(dots + t * kPanelRows + v * kLanes, sums[t][v]);
   }
 }
 
@@ -112,8 +73,8 @@ void accumulate(const uint32_t* panel, int64_t words, const float* tables, int64
   }
 }
 
-constexpr LookupKernels<float> kSign{kRows, kTableWidth, kBlockTokens, tabulate_sign, transpose, accumulate};
-constexpr LookupKernels<float> kTernary{kRows, kTableWidth, kBlockTokens, tabulate_ternary, transpose, accumulate};
+constexpr LookupKernels<float> kSign{kTableWidth, kBlockTokens, tabulate_sign, accumulate};
+constexpr LookupKernels<float> kTernary{kTableWidth, kBlockTokens, tabulate_ternary, accumulate};
 
 }  // namespace
 
