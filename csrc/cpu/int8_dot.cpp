@@ -9,17 +9,22 @@
 namespace bitkernels::cpu {
 namespace {
 
+constexpr int kGroups = kTernaryPerWord / 2;
+constexpr int kEntries = 16;
+
+int32_t activation(const int8_t* q, int code) { return q[code % kPlanes * 4 + code / kPlanes]; }
+
 void accumulate(const uint32_t* panel, int64_t words, const int8_t* q, int64_t, int, int32_t* dots, const uint32_t*) {
   int32_t sums[kPanelRows] = {};
-  for (int64_t i = 0; i < words; ++i) {
-    for (int j = 0; j < kPlanes; ++j) {
-      for (int b = 0; b < 4; ++b) {
-        const int32_t activation = q[16 * i + 4 * j + b];
-        for (int r = 0; r < kPanelRows; ++r) {
-          const uint32_t code = panel[i * kPanelRows + r] >> (8 * b + 2 * j) & 3;
-          sums[r] += static_cast<int32_t>(code) * activation;
-        }
-      }
+  for (int64_t i = 0; i < words; ++i, panel += kPanelRows, q += kTernaryPerWord) {
+    // What each pair of codes contributes: 64 rows share one table.
+    int32_t table[kGroups][kEntries];
+    for (int g = 0; g < kGroups; ++g) {
+      const int32_t low = activation(q, 2 * g), high = activation(q, 2 * g + 1);
+      for (int e = 0; e < kEntries; ++e) table[g][e] = (e & 3) * low + (e >> 2) * high;
+    }
+    for (int r = 0; r < kPanelRows; ++r) {
+      for (int g = 0; g < kGroups; ++g) sums[r] += table[g][panel[r] >> (4 * g) & 15];
     }
   }
   std::copy_n(sums, kPanelRows, dots);
