@@ -2,17 +2,17 @@
 #include "lookup.h"
 
 #include <algorithm>
-#include <memory>
-#include <new>
+#include <type_traits>
 
+#include "buffer.h"
 #include "cpu_features.h"
 #include "element.h"
+#include "panel.h"
 
 namespace bitkernels::cpu {
 namespace {
 
 constexpr int64_t kMaxBlockTokens = 16;
-constexpr int64_t kMaxPanelRows = 64;
 constexpr int64_t kLanes = 16;           // partial sums of a reduction the compiler may keep in vectors
 constexpr int64_t kGrainProducts = 1 << 17;  // products worth a thread
 
@@ -44,13 +44,14 @@ class Worker {
   Worker(const LookupMatmul<T>& a, const LookupKernels<T>& kernels)
       : a_(a),
         kernels_(kernels),
+        transpose_(panel_transpose()),
         words_(ceil_div(a.K, per_word(a.format))),
         block_(std::min(lookup_block_tokens(a.format, a.K), a.M)),
-        panels_(ceil_div(a.N, kernels.rows)),
+        panels_(ceil_div(a.N, kPanelRows)),
         row_(words_ * per_word(a.format)),
         tables_(block_ * words_ * kernels.table_width),
-        panel_(words_ * kernels.rows),
-        dots_(block_ * kernels.rows) {}
+        panel_(words_ * kPanelRows),
+        dots_(block_ * kPanelRows) {}
 
   void operator()(int64_t begin, int64_t end) {
     int64_t tabulated = -1;
@@ -58,20 +59,11 @@ class Worker {
       const int64_t block = task / panels_;
       if (block != tabulated) tabulate(block);
       tabulated = block;
-      multiply(block, task % panels_ * kernels_.rows);
+      multiply(block, task % panels_ * kPanelRows);
     }
   }
 
  private:
-  template <typename U>
-  struct Buffer {
-    explicit Buffer(int64_t n) : data(static_cast<U*>(::operator new[](n * sizeof(U), std::align_val_t(64)))) {}
-    ~Buffer() { ::operator delete[](data, std::align_val_t(64)); }
-    Buffer(const Buffer&) = delete;
-    Buffer& operator=(const Buffer&) = delete;
-    U* data;
-  };
-
   int64_t tokens_of(int64_t block) const { return std::min(block_, a_.M - block * block_); }
 
   void tabulate(int64_t block) {
@@ -86,17 +78,15 @@ class Worker {
   }
 
   void multiply(int64_t block, int64_t n0) {
-    const int rows = kernels_.rows;
-    const uint32_t* w[kMaxPanelRows];
-    for (int r = 0; r < rows; ++r) w[r] = a_.w + std::min(n0 + r, a_.N - 1) * words_;
-    kernels_.transpose(w, words_, panel_.data);
+    load_panel(transpose_, a_.w, a_.N, words_, n0, panel_.data);
+    const uint32_t* next = a_.w + (n0 + 2 * kPanelRows <= a_.N ? n0 + kPanelRows : 0) * words_;
     const int64_t stride = words_ * kernels_.table_width;
     const int64_t tokens = tokens_of(block);
     for (int64_t t = 0; t < tokens; t += kernels_.block_tokens) {
       const int count = static_cast<int>(std::min<int64_t>(kernels_.block_tokens, tokens - t));
-      kernels_.accumulate(panel_.data, words_, tables_.data + t * stride, stride, count, dots_.data + t * rows);
+      kernels_.accumulate(panel_.data, words_, tables_.data + t * stride, stride, count, dots_.data + t * kPanelRows, next);
     }
-    const int64_t columns = std::min<int64_t>(rows, a_.N - n0);
+    const int64_t columns = std::min<int64_t>(kPanelRows, a_.N - n0);
     visit(a_.dtype, [&](auto element) {
       using X = decltype(element);
       const int64_t m0 = block * block_;
@@ -110,7 +100,7 @@ class Worker {
   template <typename X>
   void store(X* y, int64_t n0, int64_t tokens, int64_t columns) {
     for (int64_t t = 0; t < tokens; ++t) {
-      const T* dots = dots_.data + t * kernels_.rows;
+      const T* dots = dots_.data + t * kPanelRows;
       for (int64_t i = 0; i < columns; ++i) {
         T v = a_.out_scale[n0 + i] * dots[i] + a_.out_shift[n0 + i] * sums_[t];
         if (a_.bias) v += a_.bias[n0 + i];
@@ -121,9 +111,9 @@ class Worker {
 
   template <typename X>
   void reduce(const X* left, int64_t out, int64_t tokens, int64_t columns) {
-    T by_dots[kMaxPanelRows] = {}, by_sums[kMaxPanelRows] = {};
+    T by_dots[kPanelRows] = {}, by_sums[kPanelRows] = {};
     for (int64_t t = 0; t < tokens; ++t) {
-      const T* dots = dots_.data + t * kernels_.rows;
+      const T* dots = dots_.data + t * kPanelRows;
       for (int64_t i = 0; i < columns; ++i) {
         const T v = to_float(left[t * a_.N + i]);
         by_dots[i] += v * dots[i];
@@ -136,6 +126,7 @@ class Worker {
 
   const LookupMatmul<T>& a_;
   const LookupKernels<T>& kernels_;
+  const PanelTranspose transpose_;
   const int64_t words_, block_, panels_;
   Buffer<T> row_, tables_;
   Buffer<uint32_t> panel_;
@@ -143,8 +134,8 @@ class Worker {
   T sums_[kMaxBlockTokens];
 };
 
-// Portable kernels: groups of 4 bits, panels of 8 rows.
-constexpr int kPortableRows = 8;
+// Portable kernels: groups of 4 bits, 8 sums in flight.
+constexpr int kRowBlock = 8;
 constexpr int kGroupBits = 4;
 constexpr int kGroups = 32 / kGroupBits;
 constexpr int kEntries = 1 << kGroupBits;
@@ -170,31 +161,35 @@ void tabulate(const T* x, int64_t words, T* tables) {
   }
 }
 
-void transpose(const uint32_t* const* w, int64_t words, uint32_t* panel) {
-  for (int64_t i = 0; i < words; ++i) {
-    for (int r = 0; r < kPortableRows; ++r) panel[i * kPortableRows + r] = w[r][i];
-  }
-}
-
 template <typename T>
-void accumulate(const uint32_t* panel, int64_t words, const T* tables, int64_t, int, T* dots) {
-  T sums[kPortableRows] = {};
-  for (int64_t i = 0; i < words; ++i) {
-    const T* table = tables + i * kGroups * kEntries;
-    for (int r = 0; r < kPortableRows; ++r) {
-      const uint32_t word = panel[i * kPortableRows + r];
-      for (int g = 0; g < kGroups; ++g) sums[r] += table[g * kEntries + (word >> (kGroupBits * g)) % kEntries];
+void accumulate(const uint32_t* panel, int64_t words, const T* tables, int64_t, int, T* dots, const uint32_t*) {
+  for (int row = 0; row < kPanelRows; row += kRowBlock) {
+    T sums[kRowBlock] = {};
+    for (int64_t i = 0; i < words; ++i) {
+      const T* table = tables + i * kGroups * kEntries;
+      for (int r = 0; r < kRowBlock; ++r) {
+        const uint32_t word = panel[i * kPanelRows + row + r];
+        for (int g = 0; g < kGroups; ++g) sums[r] += table[g * kEntries + (word >> (kGroupBits * g)) % kEntries];
+      }
     }
+    std::copy_n(sums, kRowBlock, dots + row);
   }
-  std::copy_n(sums, kPortableRows, dots);
 }
 
 template <Format kFormat, typename T>
-constexpr LookupKernels<T> kPortable = {kPortableRows,         kGroups* kEntries, 1, tabulate<kFormat, T>, transpose,
-                                        accumulate<T>};
+constexpr LookupKernels<T> kPortable{kGroups * kEntries, 1, tabulate<kFormat, T>, accumulate<T>};
 
 template <typename T>
 const LookupKernels<T>& kernels_for(Format format) {
+#if defined(__x86_64__)
+  if constexpr (std::is_same_v<T, float>) {
+    switch (path()) {
+      case Path::kAvx512: return lookup_avx512(format);
+      case Path::kAvx2: return lookup_avx2(format);
+      case Path::kPortable: break;
+    }
+  }
+#endif
   return format == Format::kSign ? kPortable<Format::kSign, T> : kPortable<Format::kTernary, T>;
 }
 
@@ -247,8 +242,8 @@ void lookup_matmul(const LookupMatmul<T>& a, Executor run) {
   if (a.M == 0 || a.N == 0) return;
   const LookupKernels<T>& kernels = kernels_for<T>(a.format);
   const int64_t block = std::min(lookup_block_tokens(a.format, a.K), a.M);
-  const int64_t products = block * kernels.rows * std::max<int64_t>(a.K, 1);
-  run(ceil_div(a.M, block) * ceil_div(a.N, kernels.rows), ceil_div(kGrainProducts, products),
+  const int64_t products = block * kPanelRows * std::max<int64_t>(a.K, 1);
+  run(ceil_div(a.M, block) * ceil_div(a.N, kPanelRows), ceil_div(kGrainProducts, products),
       [&](int64_t begin, int64_t end) { Worker<T>(a, kernels)(begin, end); });
 }
 

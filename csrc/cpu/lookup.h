@@ -9,23 +9,24 @@
 
 namespace bitkernels::cpu {
 
-// What differs between formats and instruction sets. Rows of the weight come in panels: `rows` rows,
-// transposed so that word w of all of them lies together, panel[w * rows + r].
+// What differs between formats and instruction sets.
 template <typename T>
 struct LookupKernels {
-  int rows;            // of a panel
-  int table_width;     // values tabulated per weight word
-  int block_tokens;    // tokens accumulate() handles at once
+  int table_width;   // values tabulated per weight word
+  int block_tokens;  // tokens accumulate() handles at once
   // tables[words * table_width] from x[words * weights per word], zero beyond K.
   void (*tabulate)(const T* x, int64_t words, T* tables);
-  // panel from `rows` rows of `words` words each.
-  void (*transpose)(const uint32_t* const* w, int64_t words, uint32_t* panel);
-  // dots[t * rows + r] = dot product of row r and token t < tokens <= block_tokens; the tables of a token
-  // are table_stride apart.
-  void (*accumulate)(const uint32_t* panel, int64_t words, const T* tables, int64_t table_stride, int tokens, T* dots);
+  // dots[t * kPanelRows + r] = dot product of row r and token t < tokens <= block_tokens; the tables of a
+  // token are table_stride apart. `next` points at the weights to come, which are fetched meanwhile.
+  void (*accumulate)(const uint32_t* panel, int64_t words, const T* tables, int64_t table_stride, int tokens, T* dots,
+                     const uint32_t* next);
 };
 
 enum class Format { kSign, kTernary };
+
+// Defined in lookup_<path>.cpp, to be called on machines with that instruction set alone.
+const LookupKernels<float>& lookup_avx2(Format);
+const LookupKernels<float>& lookup_avx512(Format);
 
 constexpr int64_t per_word(Format format) { return format == Format::kSign ? kSignsPerWord : kTernaryPerWord; }
 
