@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bitkernels.triton import arguments
 from bitkernels.triton.elementwise import silu, silu_gradient
 
 BLOCK_T = 32
@@ -317,7 +318,5 @@ def causal_conv1d_step(
     return y
 
 
-def register() -> None:
-    torch.library.impl("bitkernels::causal_conv1d", "CUDA", causal_conv1d)
-    torch.library.impl("bitkernels::causal_conv1d_backward", "CUDA", causal_conv1d_backward)
-    torch.library.impl("bitkernels::causal_conv1d_step", "CUDA", causal_conv1d_step)
+def register(dispatch_key: str = "CUDA") -> None:
+    arguments.register(dispatch_key, causal_conv1d, causal_conv1d_backward, causal_conv1d_step)

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bitkernels.triton import arguments
 from bitkernels.triton.elementwise import silu, silu_gradient
 
 # Strips of rows in the backward; each adds up its part of the weight's gradient.
@@ -133,6 +134,5 @@ def gated_rms_norm_backward(
     return dx, dz, dweight.sum(0)
 
 
-def register() -> None:
-    torch.library.impl("bitkernels::gated_rms_norm", "CUDA", gated_rms_norm)
-    torch.library.impl("bitkernels::gated_rms_norm_backward", "CUDA", gated_rms_norm_backward)
+def register(dispatch_key: str = "CUDA") -> None:
+    arguments.register(dispatch_key, gated_rms_norm, gated_rms_norm_backward)

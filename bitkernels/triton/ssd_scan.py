@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bitkernels.triton import arguments
 from bitkernels.triton.elementwise import silu, step_options
 from bitkernels.triton.ssd_scan_backward import ssd_scan_backward
 from bitkernels.triton.ssd_states import (
@@ -181,6 +182,5 @@ def ssd_scan(
     return y, final
 
 
-def register() -> None:
-    torch.library.impl("bitkernels::ssd_scan", "CUDA", ssd_scan)
-    torch.library.impl("bitkernels::ssd_scan_backward", "CUDA", ssd_scan_backward)
+def register(dispatch_key: str = "CUDA") -> None:
+    arguments.register(dispatch_key, ssd_scan, ssd_scan_backward)

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bitkernels.triton import arguments
 from bitkernels.triton.elementwise import silu, step_options, step_size
 
 # State elements a program holds; small enough that one request fills the machine.
@@ -120,5 +121,5 @@ def ssd_step(
     return y
 
 
-def register() -> None:
-    torch.library.impl("bitkernels::ssd_step", "CUDA", ssd_step)
+def register(dispatch_key: str = "CUDA") -> None:
+    arguments.register(dispatch_key, ssd_step)
