@@ -23,7 +23,7 @@ __global__ void quantize_int8_kernel(const T* x, int8_t* q, float* scale, int64_
 }  // namespace
 
 void quantize_int8(const void* x, DType dtype, int8_t* q, float* scale, int64_t M, int64_t K, Executor stream) {
-  dispatch(dtype, [&](auto t) {
+  dispatch_float(dtype, [&](auto t) {
     launch(quantize_int8_kernel<decltype(t)>, Grid{dim3(static_cast<unsigned>(M)), kThreads}, stream,
            static_cast<const decltype(t)*>(x), q, scale, K);
   });

@@ -56,15 +56,21 @@ __device__ inline void store(void* p, DType dtype, int64_t i, float v) {
   }
 }
 
-// Calls f(T{}) for the element type.
+// Calls f(T{}) for the type of an activation.
 template <typename F>
-void dispatch(DType dtype, F&& f) {
+void dispatch_float(DType dtype, F&& f) {
   switch (dtype) {
     case DType::kBFloat16: return f(bf16{});
     case DType::kFloat16: return f(fp16{});
-    case DType::kInt8: return f(int8_t{});
     default: return f(float{});
   }
+}
+
+// The same where int8 is a possibility.
+template <typename F>
+void dispatch(DType dtype, F&& f) {
+  if (dtype == DType::kInt8) return f(int8_t{});
+  dispatch_float(dtype, f);
 }
 
 }  // namespace bitkernels::cuda
