@@ -127,7 +127,7 @@ __global__ void __launch_bounds__(512) prepare_kernel(TokenSource s, Prepared p,
     }
   }
   most = block_reduce(most, Max(), scratch);
-  if (s.has_plain) plain = block_reduce(plain, Sum(), scratch);
+  plain = s.has_plain ? block_reduce(plain, Sum(), scratch) : 0.0f;
 
   const int exponent = row_exponent(most);
   const float down = F::kInteger ? int8_scale(most) : power_of_two(-exponent);
