@@ -32,7 +32,9 @@ class CMakeBuild(build_ext):
     def run(self):
         if self.dry_run if hasattr(self, "dry_run") else False:
             return
-        build_dir = Path(os.environ.get("BITKERNELS_BUILD_DIR", ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"))
+        build_dir = Path(
+            os.environ.get("BITKERNELS_BUILD_DIR", ROOT / "build" / f"cmake-{sys.implementation.cache_tag}")
+        )
         target = ROOT / "bitkernels" if self.editable_mode else Path(self.build_lib) / "bitkernels"
         target.mkdir(parents=True, exist_ok=True)
         subprocess.check_call([
