@@ -124,7 +124,7 @@ def test_training_learns_and_repeats(corpus):
 
 
 def test_distillation_moves_the_student_to_the_teacher(corpus):
-    teacher = tiny()
+    teacher = tiny(binarize="none")
     train(teacher, corpus.train, TrainConfig(steps=30, batch_size=4, length=32, lr=5e-3))
     student = student_of(teacher)
     assert isinstance(student.layers[0].mixer.in_proj, FBILinear)
