@@ -55,6 +55,15 @@ inline Tensor as_dtype(const Tensor& t, ScalarType dtype) {
   return dense(t.scalar_type() == dtype ? t : torch::stable::to(t, dtype));
 }
 
+inline std::optional<Tensor> as_dtype(const std::optional<Tensor>& t, ScalarType dtype) {
+  if (!t) return std::nullopt;
+  return as_dtype(*t, dtype);
+}
+
+inline const void* data_or_null(const std::optional<Tensor>& t) { return t ? t->const_data_ptr() : nullptr; }
+
+inline const uint32_t* words(const Tensor& w_packed) { return static_cast<const uint32_t*>(w_packed.const_data_ptr()); }
+
 // Scales and biases are held in fp32, and in fp64 where the activations are fp64.
 inline ScalarType scale_type(ScalarType activation) {
   return activation == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
@@ -92,11 +101,26 @@ inline void check_shape(const char* op, const char* argument, const Tensor& t, s
                   to_string({expected.begin(), expected.size()}), ", got ", shape(t));
 }
 
+// w_packed must hold rows of K weights; words fix K up to padding.
+inline void check_packed(const char* op, const Tensor& w_packed, int64_t K, int64_t per_word) {
+  check_dtype(op, "w_packed", w_packed, ScalarType::UInt32);
+  check_argument(w_packed.dim() == 2, op, ": w_packed must be [N, ceil(K/", per_word, ")], got ", shape(w_packed));
+  check_argument(w_packed.size(1) == ceil_div(K, per_word), op, ": w_packed must have ceil(K/", per_word,
+                 ") = ", ceil_div(K, per_word), " words a row for K = ", K, ", got ", w_packed.size(1));
+}
+
 // Rows of a [..., width] tensor.
 inline int64_t rows(const Tensor& t) {
   int64_t n = 1;
   for (int64_t i = 0; i + 1 < t.dim(); ++i) n *= t.size(i);
   return n;
+}
+
+// The sizes of t with another last dimension.
+inline std::vector<int64_t> sizes_with_last(const Tensor& t, int64_t width) {
+  std::vector<int64_t> sizes(t.sizes().begin(), t.sizes().end());
+  sizes.back() = width;
+  return sizes;
 }
 
 // Scratch memory from torch's allocator, freed in stream order.
