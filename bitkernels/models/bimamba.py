@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bitkernels._shim import causal_conv1d, causal_conv1d_step, gated_rms_norm, ssd_scan, ssd_step
+from bitkernels import causal_conv1d, causal_conv1d_step, gated_rms_norm, ssd_scan, ssd_step
 from bitkernels.models.config import BiMambaConfig
 from bitkernels.nn import BitLinear, FBILinear
 

@@ -5,7 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from bitkernels._shim import pack_sign, packed_linear, sign_linear
+from bitkernels import pack_sign, packed_linear, sign_linear
 from bitkernels.nn.common import autocast_activation, check_finite, check_width
 
 Scales = Literal["column", "row", "single"]

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bitkernels._shim import (
+from bitkernels import (
     bit_embedding,
     pack_ternary,
     quantize_int8,
