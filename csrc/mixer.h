@@ -28,8 +28,6 @@ inline std::optional<Tensor> as_dtype(const std::optional<Tensor>& t, ScalarType
   return t ? std::optional(as_dtype(*t, dtype)) : std::nullopt;
 }
 
-inline const void* data_or_null(const std::optional<Tensor>& t) { return t ? t->const_data_ptr() : nullptr; }
-
 inline void* mutable_data_or_null(const std::optional<Tensor>& t) { return t ? t->mutable_data_ptr() : nullptr; }
 
 inline Tensor empty_gradient(const Tensor& like) {
