@@ -75,8 +75,16 @@ def is_packed(model: torch.nn.Module) -> bool:
     return any(isinstance(module, PackedLinear | PackedBitLinear | PackedBitEmbedding) for module in model.modules())
 
 
-def save_checkpoint(path: str | Path, model: BiMambaForCausalLM, tokenizer: Tokenizer | None = None) -> None:
-    """Writes ``model``, latent or packed, with ``tokenizer``; an interrupted save leaves no file behind."""
+def save_checkpoint(
+    path: str | Path,
+    model: BiMambaForCausalLM,
+    tokenizer: Tokenizer | None = None,
+    embedding_dtype: torch.dtype | None = None,
+) -> None:
+    """Writes ``model``, latent or packed, with ``tokenizer``; an interrupted save leaves no file behind.
+
+    ``embedding_dtype`` is what embedding and head are stored in; None keeps the model's.
+    """
     metadata = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -87,6 +95,9 @@ def save_checkpoint(path: str | Path, model: BiMambaForCausalLM, tokenizer: Toke
     if tokenizer is not None:
         metadata["tokenizer"] = tokenizer.to_str()
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    if embedding_dtype is not None:
+        for name in model.EMBEDDINGS & tensors.keys():
+            tensors[name] = tensors[name].to(embedding_dtype)
     with atomic_file(path) as temporary:
         save_file(tensors, temporary, metadata)
 
@@ -124,7 +135,9 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
 def _metadata(path: Path, header: dict[str, Any]) -> dict[str, Any]:
     metadata = dict(header.get("__metadata__") or {})
     if metadata.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: a safetensors file, but no bitkernels checkpoint (its metadata does not say so)")
+        raise CheckpointError(
+            f"{path}: a safetensors file, but no bitkernels checkpoint (its metadata does not say so)"
+        )
     version = metadata.get("format_version")
     if version != FORMAT_VERSION:
         raise CheckpointError(f"{path}: unknown format version {version!r}; this release reads {FORMAT_VERSION!r}")
@@ -141,14 +154,14 @@ def _metadata(path: Path, header: dict[str, Any]) -> dict[str, Any]:
 
 
 def load_checkpoint(
-    path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> Checkpoint:
     """Loads what ``save_checkpoint`` wrote.
 
     Args:
         path: the file.
         device: where the model goes.
-        dtype: of the embedding and so of the activations; None keeps the file's.
+        dtype: of the activations, to which embedding and head are cast.
 
     Raises:
         CheckpointError: the file is no checkpoint, of another version, damaged, or inconsistent.
@@ -174,8 +187,7 @@ def load_checkpoint(
     _check_values(path, model, tensors)
     model.load_state_dict(tensors, assign=True)
     model.to(device)
-    if dtype is not None:
-        model.set_activation_dtype_(dtype)
+    model.set_activation_dtype_(dtype)
     return Checkpoint(model.eval(), _tokenizer(path, metadata, config), packed)
 
 

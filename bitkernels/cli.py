@@ -46,6 +46,7 @@ class Dtype(str, Enum):
 
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda; auto takes a GPU where there is one.")]
 Text = Annotated[Path | None, typer.Option(help="UTF-8 text, also .xz. Default: the King James Bible, shipped.")]
+Activations = Annotated[Dtype, typer.Option(help="Of embedding and activations.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 
 
@@ -81,12 +82,12 @@ def _device(name: str):
     return torch.device(name)
 
 
-def _load(path: Path, device: str, dtype: Dtype | None = None):
+def _load(path: Path, device: str, dtype: Dtype = Dtype.float32):
     import torch
 
     from bitkernels.checkpoint import load_checkpoint
 
-    return load_checkpoint(path, _device(device), dtype and getattr(torch, dtype.value))
+    return load_checkpoint(path, _device(device), getattr(torch, dtype.value))
 
 
 @app.command()
@@ -95,7 +96,9 @@ def demo(
     text: Text = None,
     device: Device = "auto",
     seed: Seed = 0,
-    fast: Annotated[bool, typer.Option("--fast", help="A toy budget of seconds: shows the steps, learns little.")] = False,
+    fast: Annotated[
+        bool, typer.Option("--fast", help="A toy budget of seconds: shows the steps, learns little.")
+    ] = False,
     prompt: Annotated[str, typer.Option(help="What the generated text starts with.")] = "In the beginning",
 ) -> None:
     """Train a teacher, distil a 1-bit student, pack it, and generate from the packed file.
@@ -162,9 +165,7 @@ def train(
             changes = {"binarize": low_bit, "weight_format": weight_format.value, "scales": scales.value}
             vocabulary = corpus.tokenizer.get_vocab_size()
             model = BiMambaForCausalLM(shape.replace(vocab_size=vocabulary, **changes)).to(where)
-        plan = TrainConfig(
-            steps, batch_size, length, lr, seed=seed, autocast=torch.bfloat16 if autocast else None
-        )
+        plan = TrainConfig(steps, batch_size, length, lr, seed=seed, autocast=torch.bfloat16 if autocast else None)
         fit(model, corpus, plan, console, "Training", seconds, source and source.model)
         save_checkpoint(out, model, corpus.tokenizer)
         console.print(f"Wrote {out}; held-out perplexity {perplexity(model, corpus.held_out, length):.4f}.")
@@ -174,9 +175,12 @@ def train(
 def pack(
     file: Annotated[Path, typer.Argument(help="A trained checkpoint with low-bit layers.")],
     out: Annotated[Path | None, typer.Option(help="Default: FILE with .packed before its ending.")] = None,
+    embedding_dtype: Annotated[Dtype, typer.Option(help="What embedding and head are stored in.")] = Dtype.bfloat16,
 ) -> None:
     """Pack a trained checkpoint's low-bit layers to 1 or 2 bits a weight."""
     with _clear_errors():
+        import torch
+
         from bitkernels.checkpoint import save_checkpoint
         from bitkernels.nn import pack_, packed_zeros
 
@@ -187,7 +191,7 @@ def pack(
             raise ValueError(f"{file}: is a full-precision model; train one with low-bit layers to pack it")
         pack_(checkpoint.model)
         out = out or file.with_name(f"{file.stem}.packed{file.suffix}")
-        save_checkpoint(out, checkpoint.model, checkpoint.tokenizer)
+        save_checkpoint(out, checkpoint.model, checkpoint.tokenizer, getattr(torch, embedding_dtype.value))
         before, after = file.stat().st_size, out.stat().st_size
         typer.echo(
             f"Wrote {out}: {after / 1e6:.2f} MB from {before / 1e6:.2f} MB; "
@@ -204,7 +208,7 @@ def generate(
     top_k: Annotated[int | None, typer.Option(min=1, help="Draw from the k likeliest tokens.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Draw from the likeliest that together reach p.")] = 0.9,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same text.")] = None,
-    dtype: Annotated[Dtype | None, typer.Option(help="Of embedding and activations. Default: the file's.")] = None,
+    dtype: Activations = Dtype.float32,
     device: Device = "auto",
 ) -> None:
     """Generate text from a checkpoint, as it comes."""
@@ -222,10 +226,12 @@ def generate(
 @app.command("eval")
 def evaluate(
     file: Annotated[Path, typer.Argument(help="A checkpoint, packed or not.")] = _DEMO_PACKED,
-    text: Annotated[Path | None, typer.Option(help="Text to read. Default: the held-out part of the shipped text.")] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="Text to read. Default: the held-out part of the shipped text.")
+    ] = None,
     tokens: Annotated[int | None, typer.Option(min=1, help="Read only so many tokens.")] = None,
     length: Annotated[int, typer.Option(min=1, help="Tokens of a window.")] = 128,
-    dtype: Annotated[Dtype | None, typer.Option(help="Of embedding and activations. Default: the file's.")] = None,
+    dtype: Activations = Dtype.float32,
     device: Device = "auto",
 ) -> None:
     """Perplexity and bits per byte of a checkpoint on held-out text."""
@@ -254,13 +260,15 @@ def info(
     with _clear_errors():
         from bitkernels import build_info
 
+        contents = {} if file is None else _contents(file)
         console = Console()
         _print_pairs(console, build_info())
-        if file is not None:
-            _describe(console, file)
+        if contents:
+            console.print()
+            _print_pairs(console, contents)
 
 
-def _describe(console: Console, file: Path) -> None:
+def _contents(file: Path) -> dict[str, str]:
     from bitkernels.checkpoint import read_header, read_metadata
 
     metadata = read_metadata(file)
@@ -271,16 +279,13 @@ def _describe(console: Console, file: Path) -> None:
         begin, end = entry["data_offsets"]
         by_dtype[entry["dtype"]] = count + 1, size + end - begin
     contents = ", ".join(f"{count} {dtype} ({size:,} bytes)" for dtype, (count, size) in sorted(by_dtype.items()))
-    _print_pairs(
-        console,
-        {
-            "file": f"{file} ({file.stat().st_size:,} bytes)",
-            "kind": f"{metadata['kind']}, format version {metadata['format_version']}",
-            "tensors": contents,
-            "tokenizer": f"{len(metadata['tokenizer']):,} bytes of JSON" if "tokenizer" in metadata else "none",
-            **{f"config.{name}": str(value) for name, value in metadata["config"].items()},
-        },
-    )
+    return {
+        "file": f"{file} ({file.stat().st_size:,} bytes)",
+        "kind": f"{metadata['kind']}, format version {metadata['format_version']}",
+        "tensors": contents,
+        "tokenizer": f"{len(metadata['tokenizer']):,} bytes of JSON" if "tokenizer" in metadata else "none",
+        **{f"config.{name}": str(value) for name, value in metadata["config"].items()},
+    }
 
 
 def _print_pairs(console: Console, pairs: dict[str, str]) -> None:

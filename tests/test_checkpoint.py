@@ -76,6 +76,14 @@ def test_activation_dtype_on_load(packed_file):
     assert model.layers[0].mixer.in_proj.alpha.dtype == torch.float32
 
 
+def test_embedding_dtype_on_disk(tmp_path, model):
+    path = tmp_path / "model.safetensors"
+    save_checkpoint(path, model, embedding_dtype=torch.bfloat16)
+    assert {n for n, e in read_header(path).items() if e.get("dtype") == "BF16"} == {"embedding.weight"}
+    loaded = load_checkpoint(path).model.embedding.weight
+    assert torch.equal(loaded, model.embedding.weight.bfloat16().float())
+
+
 def test_a_failed_save_leaves_the_old_file(tmp_path):
     path = tmp_path / "file"
     path.write_text("old")

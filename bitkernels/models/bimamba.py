@@ -100,7 +100,11 @@ class Mixer(nn.Module):
         c = self.config
         state = c.ngroups * c.d_state
         x, b, c_ = xbc.split([c.d_inner, state, state], dim=-1)
-        return x.unflatten(-1, (c.nheads, c.headdim)), b.unflatten(-1, (c.ngroups, -1)), c_.unflatten(-1, (c.ngroups, -1))
+        return (
+            x.unflatten(-1, (c.nheads, c.headdim)),
+            b.unflatten(-1, (c.ngroups, -1)),
+            c_.unflatten(-1, (c.ngroups, -1)),
+        )
 
     @property
     def A(self) -> Tensor:
@@ -148,6 +152,9 @@ class BiMambaForCausalLM(nn.Module):
 
     The type of the embedding is the type of the activations between the layers' fp32 residuals.
     """
+
+    # The tensors whose type set_activation_dtype_ changes.
+    EMBEDDINGS = frozenset({"embedding.weight", "head.weight"})
 
     def __init__(self, config: BiMambaConfig):
         super().__init__()

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -70,7 +71,7 @@ def plan_steps(
     config: TrainConfig,
     seconds: float,
     teacher: BiMambaForCausalLM | None = None,
-    measured: int = 3,
+    measured: int = 5,
 ) -> int:
     """How many of at most ``config.steps`` steps fit into ``seconds`` on this machine; changes no weight.
 
@@ -87,7 +88,7 @@ def plan_steps(
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
     # The first step loads and compiles what the others use.
-    return max(1, min(config.steps, int(seconds / min(times[1:]))))
+    return max(1, min(config.steps, int(seconds / statistics.median(times[1:]))))
 
 
 def train(
