@@ -36,7 +36,7 @@ if _TORCH_HAS_CUDA:
 
 
 def needed_grads(ctx, count: int) -> tuple[bool, ...]:
-    """``ctx.needs_input_grad`` of an operator's ``count`` arguments: trailing ones left at their defaults are dropped."""
+    """``ctx.needs_input_grad`` of an operator's ``count`` arguments: torch drops trailing defaults."""
     return (*ctx.needs_input_grad, *([False] * count))[:count]
 
 

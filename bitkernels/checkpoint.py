@@ -135,9 +135,7 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
 def _metadata(path: Path, header: dict[str, Any]) -> dict[str, Any]:
     metadata = dict(header.get("__metadata__") or {})
     if metadata.get("format") != FORMAT:
-        raise CheckpointError(
-            f"{path}: a safetensors file, but no bitkernels checkpoint (its metadata does not say so)"
-        )
+        raise CheckpointError(f"{path}: a safetensors file, but no bitkernels checkpoint by its metadata")
     version = metadata.get("format_version")
     if version != FORMAT_VERSION:
         raise CheckpointError(f"{path}: unknown format version {version!r}; this release reads {FORMAT_VERSION!r}")

@@ -1,6 +1,7 @@
 """The command line. Commands import what they need, so that --help answers at once."""
 
 import contextlib
+import os
 import sys
 from collections.abc import Iterator
 from enum import Enum
@@ -10,6 +11,10 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.table import Table
+
+# Read when torch loads OpenMP. Threads that spin while they wait make a machine with other work to do many times
+# slower; threads that sleep do not.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 app = typer.Typer(
     help="1-bit and ternary Mamba-2 language models: train, pack, generate.",
@@ -96,9 +101,7 @@ def demo(
     text: Text = None,
     device: Device = "auto",
     seed: Seed = 0,
-    fast: Annotated[
-        bool, typer.Option("--fast", help="A toy budget of seconds: shows the steps, learns little.")
-    ] = False,
+    fast: Annotated[bool, typer.Option("--fast", help="A budget of seconds: shows the steps, learns little.")] = False,
     prompt: Annotated[str, typer.Option(help="What the generated text starts with.")] = "In the beginning",
 ) -> None:
     """Train a teacher, distil a 1-bit student, pack it, and generate from the packed file.
@@ -119,7 +122,7 @@ def train(
         Path | None, typer.Option(help="Full-precision checkpoint to distil from; gives tokenizer, shape and start.")
     ] = None,
     config: Annotated[str, typer.Option(help="Named shape: tiny, demo, 780m, 1.3b, 2.7b.")] = "demo",
-    vocab_size: Annotated[int, typer.Option(help="Of the tokenizer that is trained.")] = 1024,
+    vocab_size: Annotated[int, typer.Option(help="Of the tokenizer that is trained.")] = 512,
     binarize: Annotated[
         Binarize | None, typer.Option(help="Low-bit projections. Default: all with --teacher, none without.")
     ] = None,
@@ -226,9 +229,7 @@ def generate(
 @app.command("eval")
 def evaluate(
     file: Annotated[Path, typer.Argument(help="A checkpoint, packed or not.")] = _DEMO_PACKED,
-    text: Annotated[
-        Path | None, typer.Option(help="Text to read. Default: the held-out part of the shipped text.")
-    ] = None,
+    text: Annotated[Path | None, typer.Option(help="Default: the held-out part of the shipped text.")] = None,
     tokens: Annotated[int | None, typer.Option(min=1, help="Read only so many tokens.")] = None,
     length: Annotated[int, typer.Option(min=1, help="Tokens of a window.")] = 128,
     dtype: Activations = Dtype.float32,

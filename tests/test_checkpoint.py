@@ -87,9 +87,14 @@ def test_embedding_dtype_on_disk(tmp_path, model):
 def test_a_failed_save_leaves_the_old_file(tmp_path):
     path = tmp_path / "file"
     path.write_text("old")
-    with pytest.raises(RuntimeError, match="interrupted"), atomic_file(path) as temporary:
-        temporary.write_text("half")
-        raise RuntimeError("interrupted")
+
+    def interrupted():
+        with atomic_file(path) as temporary:
+            temporary.write_text("half")
+            raise RuntimeError("interrupted")
+
+    with pytest.raises(RuntimeError, match="interrupted"):
+        interrupted()
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["file"]
 

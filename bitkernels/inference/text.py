@@ -18,9 +18,8 @@ def stream_text(checkpoint: Checkpoint, prompt: str, max_new_tokens: int, **opti
         raise ValueError("stream_text: prompt must not be empty")
     yield prompt
     decoder = DecodeStream(skip_special_tokens=False)
-    for token in stream(
-        checkpoint.model, torch.tensor([ids], device=checkpoint.model.device), max_new_tokens, **options
-    ):
+    tokens = torch.tensor([ids], device=checkpoint.model.device)
+    for token in stream(checkpoint.model, tokens, max_new_tokens, **options):
         # A character of several bytes comes with its last byte.
         if piece := decoder.step(checkpoint.tokenizer, int(token)):
             yield piece

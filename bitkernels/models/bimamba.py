@@ -99,12 +99,9 @@ class Mixer(nn.Module):
         """[..., channels] -> x [..., H, P], B and C [..., G, N]."""
         c = self.config
         state = c.ngroups * c.d_state
-        x, b, c_ = xbc.split([c.d_inner, state, state], dim=-1)
-        return (
-            x.unflatten(-1, (c.nheads, c.headdim)),
-            b.unflatten(-1, (c.ngroups, -1)),
-            c_.unflatten(-1, (c.ngroups, -1)),
-        )
+        x, B, C = xbc.split([c.d_inner, state, state], dim=-1)
+        groups = (c.ngroups, c.d_state)
+        return x.unflatten(-1, (c.nheads, c.headdim)), B.unflatten(-1, groups), C.unflatten(-1, groups)
 
     @property
     def A(self) -> Tensor:
@@ -119,9 +116,9 @@ class Mixer(nn.Module):
     ) -> Tensor:
         z, xbc, dt = self._split(self.in_proj(hidden))
         weight, bias = self.conv_weight.to(xbc.dtype), self.conv_bias.to(xbc.dtype)
-        x, b, c = self._split_conv(causal_conv1d(xbc, weight, bias, conv_state, seq_idx))
+        x, B, C = self._split_conv(causal_conv1d(xbc, weight, bias, conv_state, seq_idx))
         y, final = ssd_scan(
-            x, dt, self.A, b, c, chunk_size=self.config.chunk_size, D=self.D, dt_bias=self.dt_bias,
+            x, dt, self.A, B, C, chunk_size=self.config.chunk_size, D=self.D, dt_bias=self.dt_bias,
             initial_states=ssm_state, seq_idx=seq_idx, dt_softplus=True, return_final_states=True,
         )  # fmt: skip
         if conv_state is not None:
@@ -134,8 +131,8 @@ class Mixer(nn.Module):
         """One token: [B, d_model] -> [B, d_model]; both states are updated in place."""
         z, xbc, dt = self._split(self.in_proj(hidden))
         weight, bias = self.conv_weight.to(xbc.dtype), self.conv_bias.to(xbc.dtype)
-        x, b, c = self._split_conv(causal_conv1d_step(conv_state, xbc, weight, bias))
-        y = ssd_step(ssm_state, x, dt, self.A, b, c, D=self.D, dt_bias=self.dt_bias, dt_softplus=True)
+        x, B, C = self._split_conv(causal_conv1d_step(conv_state, xbc, weight, bias))
+        y = ssd_step(ssm_state, x, dt, self.A, B, C, D=self.D, dt_bias=self.dt_bias, dt_softplus=True)
         y = gated_rms_norm(y.flatten(-2), z, self.norm_weight.to(z.dtype), self.config.norm_eps)
         return self.out_proj(y)
 

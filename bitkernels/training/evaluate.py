@@ -21,10 +21,9 @@ def perplexity(model: BiMambaForCausalLM, tokens: Tensor, length: int = 256, bat
     model.eval()
     predictions = tokens.numel() - 1
     whole = predictions // length
-    windows = [
-        tokens[: whole * length + 1].unfold(0, length + 1, length)[i : i + batch_size]
-        for i in range(0, whole, batch_size)
-    ]
+    windows = []
+    if whole:
+        windows += tokens[: whole * length + 1].unfold(0, length + 1, length).split(batch_size)
     if whole * length < predictions:
         windows.append(tokens[whole * length :].unsqueeze(0))
     total = 0.0
