@@ -4,15 +4,15 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/macros.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <optional>
-#include <sstream>
-#include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "arguments.h"
 #include "kernels.h"
 
 // The dispatch key of the library being compiled.
@@ -27,26 +27,9 @@ namespace bitkernels {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-inline std::string to_string(torch::headeronly::IntHeaderOnlyArrayRef sizes) {
-  std::ostringstream out;
-  out << '[';
-  for (size_t i = 0; i < sizes.size(); ++i) out << (i ? ", " : "") << sizes[i];
-  out << ']';
-  return out.str();
-}
-
 inline std::string shape(const Tensor& t) { return to_string(t.sizes()); }
 
 inline std::string name_of(ScalarType dtype) { return torch::headeronly::toString(dtype); }
-
-// Python sees a ValueError with this message, which names the operator, the argument and the value found.
-template <typename... Parts>
-void check_argument(bool holds, const Parts&... parts) {
-  if (holds) return;
-  std::ostringstream out;
-  (out << ... << parts);
-  throw std::invalid_argument(out.str());
-}
 
 // Dense row-major memory, copied only where it is not so already.
 inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
@@ -98,15 +81,12 @@ inline void check_shape(const char* op, const char* argument, const Tensor& t, s
   int64_t i = 0;
   for (int64_t size : expected) same = same && t.size(i++) == size;
   check_argument(same, op, ": ", argument, " must be of shape ",
-                  to_string({expected.begin(), expected.size()}), ", got ", shape(t));
+                  to_string(std::vector<int64_t>(expected)), ", got ", shape(t));
 }
 
-// w_packed must hold rows of K weights; words fix K up to padding.
 inline void check_packed(const char* op, const Tensor& w_packed, int64_t K, int64_t per_word) {
   check_dtype(op, "w_packed", w_packed, ScalarType::UInt32);
-  check_argument(w_packed.dim() == 2, op, ": w_packed must be [N, ceil(K/", per_word, ")], got ", shape(w_packed));
-  check_argument(w_packed.size(1) == ceil_div(K, per_word), op, ": w_packed must have ceil(K/", per_word,
-                 ") = ", ceil_div(K, per_word), " words a row for K = ", K, ", got ", w_packed.size(1));
+  check_packed_shape(op, w_packed.sizes(), K, per_word);
 }
 
 // Rows of a [..., width] tensor.

@@ -6,17 +6,6 @@
 namespace bitkernels {
 namespace {
 
-ScaleAxis scale_axis(const char* op, const Tensor& alpha, int64_t N, int64_t K) {
-  const int64_t dim = alpha.dim();
-  if (dim == 1 && alpha.size(0) == K) return ScaleAxis::kColumn;
-  if (dim == 2 && alpha.size(0) == 1 && alpha.size(1) == K) return ScaleAxis::kColumn;
-  if (dim == 2 && alpha.size(0) == N && alpha.size(1) == 1) return ScaleAxis::kRow;
-  if (dim <= 1 && alpha.numel() == 1) return ScaleAxis::kSingle;
-  check_argument(false, op, ": alpha must be of shape [", K, "] or [1, ", K, "] (column), [", N,
-                 ", 1] (row) or [1] (single), got ", shape(alpha));
-  return ScaleAxis::kSingle;
-}
-
 struct Problem {
   DType dtype;
   ScalarType scales;
@@ -33,7 +22,7 @@ Problem check(const char* op, const Tensor& x, const Tensor& w_packed, const Ten
   const int64_t K = x.size(-1);
   check_packed(op, w_packed, K, kSignsPerWord);
   const int64_t N = w_packed.size(0);
-  const ScaleAxis axis = scale_axis(op, alpha, N, K);
+  const ScaleAxis axis = scale_axis(op, alpha.sizes(), N, K);
   check_argument(shape(beta) == shape(alpha), op, ": beta must have alpha's shape ", shape(alpha), ", got ",
                  shape(beta));
   return {dtype, scale_type(x.scalar_type()), axis, rows(x), N, K};

@@ -15,7 +15,7 @@ Path supported_path();
 // Throws std::invalid_argument where BITKERNELS_CPU names no path of this machine.
 Path path();
 
-// Makes path() return the named path from now on, "" the default one. Throws std::invalid_argument
+// Makes path() return the named path from now on, "" the default one again. Throws std::invalid_argument
 // where the name is not a path or the machine does not support it.
 void force_path(const char* name);
 

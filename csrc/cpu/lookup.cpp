@@ -2,9 +2,9 @@
 #include "lookup.h"
 
 #include <algorithm>
-#include <new>
 #include <type_traits>
 
+#include "buffer.h"
 #include "cpu_features.h"
 #include "element.h"
 #include "panel.h"
@@ -64,15 +64,6 @@ class Worker {
   }
 
  private:
-  template <typename U>
-  struct Buffer {
-    explicit Buffer(int64_t n) : data(static_cast<U*>(::operator new[](n * sizeof(U), std::align_val_t(64)))) {}
-    ~Buffer() { ::operator delete[](data, std::align_val_t(64)); }
-    Buffer(const Buffer&) = delete;
-    Buffer& operator=(const Buffer&) = delete;
-    U* data;
-  };
-
   int64_t tokens_of(int64_t block) const { return std::min(block_, a_.M - block * block_); }
 
   void tabulate(int64_t block) {
