@@ -6,6 +6,7 @@ BITKERNELS_CUDA_ARCHS="80;90a" (default: every supported architecture the toolki
 
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -30,13 +31,13 @@ class CMakeBuild(build_ext):
     """Configures and builds once; every library lands beside the Python files."""
 
     def run(self):
-        if self.dry_run if hasattr(self, "dry_run") else False:
-            return
-        build_dir = Path(os.environ.get("BITKERNELS_BUILD_DIR", ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"))
+        build_dir = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
         target = ROOT / "bitkernels" if self.editable_mode else Path(self.build_lib) / "bitkernels"
         target.mkdir(parents=True, exist_ok=True)
         subprocess.check_call([
             "cmake", "-S", str(ROOT), "-B", str(build_dir), "-G", "Ninja",
+            # pip's isolated environment moves from one build to the next, and CMake remembers the old place.
+            f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DBITKERNELS_TORCH_DIR={torch_folder()}",
             f"-Dpybind11_DIR={self._pybind11_dir()}",

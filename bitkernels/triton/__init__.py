@@ -1,0 +1,20 @@
+"""Triton kernels for CUDA tensors: the scan and its neighbours, and portable packed matmuls.
+
+Loaded by ``bitkernels._ops``, which decides what serves CUDA tensors.
+"""
+
+
+def register_scan() -> None:
+    """Registers the scan, convolution and norm for CUDA tensors."""
+    from bitkernels.triton import causal_conv1d, gated_rms_norm, ssd_scan, ssd_step
+
+    for module in (causal_conv1d, gated_rms_norm, ssd_scan, ssd_step):
+        module.register()
+
+
+def register_packed(dispatch_key: str = "CUDA") -> None:
+    """Registers the packed matmuls for CUDA tensors, where the CUDA library was not built."""
+    from bitkernels.triton import pack, packed_linear, quantize_int8, ternary_linear
+
+    for module in (pack, packed_linear, quantize_int8, ternary_linear):
+        module.register(dispatch_key)

@@ -1,0 +1,96 @@
+// gated_rms_norm and its backward: checks, allocation, dispatch.
+#include "mixer.h"
+
+namespace bitkernels {
+namespace {
+
+// The tensor as rows of its last axis, one stride apart; copied only where the leading axes cannot be merged.
+Tensor as_rows(const Tensor& t) {
+  bool merges = t.size(-1) <= 1 || t.stride(-1) == 1;
+  for (int64_t i = 0; i + 2 < t.dim(); ++i) {
+    merges = merges && (t.size(i) == 1 || t.stride(i) == t.stride(i + 1) * t.size(i + 1));
+  }
+  return merges ? t : torch::stable::contiguous(t);
+}
+
+int64_t row_stride(const Tensor& t) { return t.dim() > 1 ? t.stride(-2) : t.size(-1); }
+
+// The kernel's description of the problem, and what keeps its pointers alive.
+struct Norm {
+  Tensor x, z, weight;
+  cpu::GatedRmsNorm args;
+
+  Norm(const char* op, const Tensor& x_in, const Tensor& z_in, const Tensor& weight_in, double eps,
+       std::optional<int64_t> group_size)
+      : x(check(op, x_in, z_in, weight_in, group_size)),
+        z(as_rows(z_in)),
+        weight(as_dtype(weight_in, scale_type(x_in.scalar_type()))),
+        args{.x = x.const_data_ptr(),
+             .z = z.const_data_ptr(),
+             .weight = weight.const_data_ptr(),
+             .out = nullptr,
+             .dtype = kernel_dtype(op, "x", x.scalar_type()),
+             .eps = eps,
+             .M = rows(x),
+             .width = x.size(-1),
+             .group_size = group_size.value_or(x.size(-1)),
+             .x_row = row_stride(x),
+             .z_row = row_stride(z)} {}
+
+  static Tensor check(const char* op, const Tensor& x, const Tensor& z, const Tensor& weight,
+                      std::optional<int64_t> group_size) {
+    kernel_dtype(op, "x", x.scalar_type());
+    check_argument(x.dim() >= 1, op, ": x must have at least one dimension");
+    check_same_device(op, "z", z, x);
+    check_dtype(op, "z", z, x.scalar_type());
+    check_argument(shape(z) == shape(x), op, ": z must be of x's shape ", shape(x), ", got ", shape(z));
+    check_same_device(op, "weight", weight, x);
+    check_floating(op, "weight", weight);
+    check_shape(op, "weight", weight, {x.size(-1)});
+    check_argument(!group_size || (*group_size > 0 && x.size(-1) % *group_size == 0), op,
+                   ": group_size must divide the last axis of x, ", x.size(-1), ", got ", group_size.value_or(0));
+    return as_rows(x);
+  }
+};
+
+Tensor gated_rms_norm(const Tensor& x, const Tensor& z, const Tensor& weight, double eps,
+                      std::optional<int64_t> group_size) {
+  Norm norm("gated_rms_norm", x, z, weight, eps, group_size);
+  Tensor out = torch::stable::new_empty(x, x.sizes());
+  if (out.numel() == 0) return out;
+  norm.args.out = out.mutable_data_ptr();
+  cpu::gated_rms_norm(norm.args, Launch(x));
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor> gated_rms_norm_backward(const Tensor& dy, const Tensor& x, const Tensor& z,
+                                                           const Tensor& weight, double eps,
+                                                           std::optional<int64_t> group_size) {
+  constexpr const char* op = "gated_rms_norm_backward";
+  Norm norm(op, x, z, weight, eps, group_size);
+  check_same_device(op, "dy", dy, x);
+  check_dtype(op, "dy", dy, x.scalar_type());
+  check_argument(shape(dy) == shape(x), op, ": dy must be of x's shape ", shape(x), ", got ", shape(dy));
+  Tensor dx = torch::stable::new_empty(x, x.sizes()), dz = torch::stable::new_empty(x, x.sizes());
+  Tensor dweight = torch::stable::new_empty(weight, weight.sizes(), scale_type(x.scalar_type()));
+  const Tensor dy_rows = as_rows(dy);
+  cpu::GatedRmsNormBackward args{.forward = norm.args,
+                                 .dy = dy_rows.const_data_ptr(),
+                                 .dy_row = row_stride(dy_rows),
+                                 .dx = dx.mutable_data_ptr(),
+                                 .dz = dz.mutable_data_ptr(),
+                                 .dweight = dweight.mutable_data_ptr(),
+                                 .workspace = nullptr};
+  const Tensor workspace = workspace_like(x, cpu::gated_rms_norm_backward_workspace(args));
+  args.workspace = workspace.mutable_data_ptr();
+  cpu::gated_rms_norm_backward(args, Launch(x));
+  return {dx, dz, dweight};
+}
+
+}  // namespace
+}  // namespace bitkernels
+
+STABLE_TORCH_LIBRARY_IMPL(bitkernels, CPU, m) {
+  m.impl("gated_rms_norm", TORCH_BOX(&bitkernels::gated_rms_norm));
+  m.impl("gated_rms_norm_backward", TORCH_BOX(&bitkernels::gated_rms_norm_backward));
+}

@@ -1,0 +1,208 @@
+// ssd_scan and its backward: checks, allocation, dispatch.
+#include "mixer.h"
+
+namespace bitkernels {
+namespace {
+
+// The arguments of both operators, in the schema's order.
+struct Arguments {
+  const Tensor &x, &dt, &A, &B, &C;
+  const std::optional<Tensor>&D, &z, &dt_bias, &initial_states, &seq_idx, &cu_seqlens;
+  bool dt_softplus;
+  double dt_min;
+  std::optional<double> dt_max;
+  int64_t chunk_size;
+};
+
+std::vector<cpu::Sequence> sequences(const char* op, const Tensor& x, const std::optional<Tensor>& cu_seqlens) {
+  const int64_t batch = x.size(0), time = x.size(1);
+  std::vector<cpu::Sequence> out;
+  int64_t chunk = 0;
+  auto add = [&](int64_t row, int64_t begin, int64_t length) {
+    out.push_back({row, begin, length, chunk});
+    chunk += cpu::ssd_scan_chunks(length);
+  };
+  if (!cu_seqlens) {
+    for (int64_t b = 0; b < batch; ++b) add(b, 0, time);
+    return out;
+  }
+  check_same_device(op, "cu_seqlens", *cu_seqlens, x);
+  check_integer(op, "cu_seqlens", *cu_seqlens);
+  check_argument(cu_seqlens->dim() == 1 && cu_seqlens->size(0) >= 1, op, ": cu_seqlens must be [S + 1], got ",
+                 shape(*cu_seqlens));
+  check_argument(batch == 1, op, ": x must have a batch of one with cu_seqlens, got ", shape(x));
+  const Tensor ends = as_dtype(*cu_seqlens, ScalarType::Long);
+  const int64_t* end = static_cast<const int64_t*>(ends.const_data_ptr());
+  const int64_t count = ends.size(0) - 1;
+  check_argument(end[0] == 0 && end[count] == time, op, ": cu_seqlens must run from 0 to T = ", time, ", got ", end[0],
+                 " to ", end[count]);
+  for (int64_t s = 0; s < count; ++s) {
+    check_argument(end[s] <= end[s + 1], op, ": cu_seqlens must not decrease, got ", end[s], " before ", end[s + 1]);
+    add(0, end[s], end[s + 1] - end[s]);
+  }
+  return out;
+}
+
+// The kernel's description of the problem, and what keeps its pointers alive.
+struct Scan {
+  std::vector<cpu::Sequence> sequences;
+  Tensor x, dt, A, B, C;
+  std::optional<Tensor> D, z, dt_bias, initial_states, seq_idx;
+  cpu::SsdScan args;
+
+  Scan(const char* op, const Arguments& a)
+      : sequences(check(op, a)),
+        x(inner_dense(a.x)),
+        dt(a.dt.scalar_type() == acc() ? a.dt : torch::stable::to(a.dt, acc())),
+        A(as_dtype(a.A, acc())),
+        B(inner_dense(a.B)),
+        C(inner_dense(a.C)),
+        D(as_dtype(a.D, acc())),
+        z(a.z ? std::optional(inner_dense(*a.z)) : std::nullopt),
+        dt_bias(as_dtype(a.dt_bias, acc())),
+        initial_states(as_dtype(a.initial_states, acc())),
+        seq_idx(as_dtype(a.seq_idx, ScalarType::Long)) {
+    args = {.x = strided(x),
+            .dt = strided(dt),
+            .B = strided(B),
+            .C = strided(C),
+            .z = z ? strided(*z) : cpu::Strided{},
+            .A = A.const_data_ptr(),
+            .D = data_or_null(D),
+            .dt_bias = data_or_null(dt_bias),
+            .initial_states = data_or_null(initial_states),
+            .seq_idx = static_cast<const int64_t*>(data_or_null(seq_idx)),
+            .y = nullptr,
+            .final_states = nullptr,
+            .sequences = sequences.data(),
+            .workspace = nullptr,
+            .dtype = kernel_dtype(op, "x", x.scalar_type()),
+            .D_per_channel = D && D->dim() == 2,
+            .dt_softplus = a.dt_softplus,
+            .dt_min = a.dt_min,
+            .dt_max = limit_of(op, a.dt_min, a.dt_max),
+            .S = static_cast<int64_t>(sequences.size()),
+            .T = x.size(1),
+            .H = x.size(2),
+            .P = x.size(3),
+            .G = B.size(2),
+            .N = B.size(3)};
+  }
+
+  ScalarType acc() const { return scale_type(x.scalar_type()); }
+
+  std::vector<int64_t> state_sizes() const { return {args.S, args.H, args.P, args.N}; }
+
+  static std::vector<cpu::Sequence> check(const char* op, const Arguments& a) {
+    kernel_dtype(op, "x", a.x.scalar_type());
+    check_rank(op, "x", a.x, 4, "[B, T, H, P]");
+    const int64_t batch = a.x.size(0), T = a.x.size(1), H = a.x.size(2), P = a.x.size(3);
+    check_argument(a.chunk_size > 0, op, ": chunk_size must be positive, got ", a.chunk_size);
+
+    check_same_device(op, "dt", a.dt, a.x);
+    check_floating(op, "dt", a.dt);
+    check_shape(op, "dt", a.dt, {batch, T, H});
+    check_same_device(op, "B", a.B, a.x);
+    check_dtype(op, "B", a.B, a.x.scalar_type());
+    check_rank(op, "B", a.B, 4, "[B, T, G, N]");
+    check_shape(op, "B", a.B, {batch, T, a.B.size(2), a.B.size(3)});
+    check_groups(op, a.B, a.B.size(2), H);
+    check_same_device(op, "C", a.C, a.x);
+    check_dtype(op, "C", a.C, a.x.scalar_type());
+    check_shape(op, "C", a.C, {batch, T, a.B.size(2), a.B.size(3)});
+    check_head_parameters(op, a.x, a.A, a.D, a.dt_bias, H, P);
+    if (a.z) {
+      check_same_device(op, "z", *a.z, a.x);
+      check_dtype(op, "z", *a.z, a.x.scalar_type());
+      check_shape(op, "z", *a.z, {batch, T, H, P});
+    }
+    if (a.seq_idx) {
+      check_same_device(op, "seq_idx", *a.seq_idx, a.x);
+      check_integer(op, "seq_idx", *a.seq_idx);
+      check_shape(op, "seq_idx", *a.seq_idx, {batch, T});
+    }
+    std::vector<cpu::Sequence> out = bitkernels::sequences(op, a.x, a.cu_seqlens);
+    if (a.initial_states) {
+      check_same_device(op, "initial_states", *a.initial_states, a.x);
+      check_floating(op, "initial_states", *a.initial_states);
+      check_shape(op, "initial_states", *a.initial_states, {static_cast<int64_t>(out.size()), H, P, a.B.size(3)});
+    }
+    return out;
+  }
+};
+
+std::tuple<Tensor, Tensor> ssd_scan(const Tensor& x, const Tensor& dt, const Tensor& A, const Tensor& B,
+                                    const Tensor& C, const std::optional<Tensor>& D, const std::optional<Tensor>& z,
+                                    const std::optional<Tensor>& dt_bias, const std::optional<Tensor>& initial_states,
+                                    const std::optional<Tensor>& seq_idx, const std::optional<Tensor>& cu_seqlens,
+                                    bool dt_softplus, double dt_min, std::optional<double> dt_max, int64_t chunk_size) {
+  Scan scan("ssd_scan", {x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, cu_seqlens, dt_softplus, dt_min,
+                         dt_max, chunk_size});
+  Tensor y = torch::stable::new_empty(x, x.sizes());
+  Tensor final_states = torch::stable::new_empty(x, scan.state_sizes(), scan.acc());
+  if (scan.args.S == 0) return {y, final_states};
+  const Tensor workspace = workspace_like(x, cpu::ssd_scan_workspace(scan.args));
+  scan.args.y = y.mutable_data_ptr();
+  scan.args.final_states = final_states.mutable_data_ptr();
+  scan.args.workspace = workspace.mutable_data_ptr();
+  cpu::ssd_scan(scan.args, Launch(x));
+  return {y, final_states};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ssd_scan_backward(
+    const Tensor& dy, const std::optional<Tensor>& dfinal_states, const Tensor& x, const Tensor& dt, const Tensor& A,
+    const Tensor& B, const Tensor& C, const std::optional<Tensor>& D, const std::optional<Tensor>& z,
+    const std::optional<Tensor>& dt_bias, const std::optional<Tensor>& initial_states,
+    const std::optional<Tensor>& seq_idx, const std::optional<Tensor>& cu_seqlens, bool dt_softplus, double dt_min,
+    std::optional<double> dt_max, int64_t chunk_size) {
+  constexpr const char* op = "ssd_scan_backward";
+  Scan scan(op, {x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, cu_seqlens, dt_softplus, dt_min, dt_max,
+                 chunk_size});
+  const ScalarType acc = scan.acc();
+  check_same_device(op, "dy", dy, x);
+  check_dtype(op, "dy", dy, x.scalar_type());
+  check_shape(op, "dy", dy, {x.size(0), x.size(1), x.size(2), x.size(3)});
+  if (dfinal_states) {
+    check_same_device(op, "dfinal_states", *dfinal_states, x);
+    check_floating(op, "dfinal_states", *dfinal_states);
+    check_shape(op, "dfinal_states", *dfinal_states, {scan.args.S, scan.args.H, scan.args.P, scan.args.N});
+  }
+  auto like = [&](const Tensor& t, ScalarType dtype) { return torch::stable::new_empty(t, t.sizes(), dtype); };
+  auto like_or_empty = [&](const std::optional<Tensor>& t, ScalarType dtype) {
+    return t ? like(*t, dtype) : empty_gradient(x);
+  };
+  Tensor dx = like(x, x.scalar_type()), ddt = like(dt, acc), dA = like(A, acc), dB = like(B, B.scalar_type()),
+         dC = like(C, C.scalar_type()), dD = like_or_empty(D, acc), dz = like_or_empty(z, x.scalar_type()),
+         ddt_bias = like_or_empty(dt_bias, acc), dinitial_states = like_or_empty(initial_states, acc);
+  if (scan.args.S == 0) {
+    for (Tensor* t : {&dA, &dD, &ddt_bias}) torch::stable::zero_(*t);
+  } else {
+    const Tensor dy_dense = inner_dense(dy);
+    const std::optional<Tensor> dfinal = as_dtype(dfinal_states, acc);
+    cpu::SsdScanBackward args{.forward = scan.args,
+                              .dy = strided(dy_dense),
+                              .dfinal_states = data_or_null(dfinal),
+                              .dx = dx.mutable_data_ptr(),
+                              .dz = z ? dz.mutable_data_ptr() : nullptr,
+                              .dB = dB.mutable_data_ptr(),
+                              .dC = dC.mutable_data_ptr(),
+                              .ddt = ddt.mutable_data_ptr(),
+                              .dA = dA.mutable_data_ptr(),
+                              .ddt_bias = dt_bias ? ddt_bias.mutable_data_ptr() : nullptr,
+                              .dD = D ? dD.mutable_data_ptr() : nullptr,
+                              .dinitial_states = initial_states ? dinitial_states.mutable_data_ptr() : nullptr};
+    const Tensor workspace = workspace_like(x, cpu::ssd_scan_backward_workspace(args));
+    args.forward.workspace = workspace.mutable_data_ptr();
+    cpu::ssd_scan_backward(args, Launch(x));
+  }
+  if (dt.scalar_type() != acc) ddt = torch::stable::to(ddt, dt.scalar_type());
+  return {dx, ddt, dA, dB, dC, dD, dz, ddt_bias, dinitial_states};
+}
+
+}  // namespace
+}  // namespace bitkernels
+
+STABLE_TORCH_LIBRARY_IMPL(bitkernels, CPU, m) {
+  m.impl("ssd_scan", TORCH_BOX(&bitkernels::ssd_scan));
+  m.impl("ssd_scan_backward", TORCH_BOX(&bitkernels::ssd_scan_backward));
+}

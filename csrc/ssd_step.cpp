@@ -1,0 +1,78 @@
+// ssd_step: checks, allocation, dispatch.
+#include "mixer.h"
+
+namespace bitkernels {
+namespace {
+
+Tensor ssd_step(Tensor state, const Tensor& x, const Tensor& dt, const Tensor& A, const Tensor& B, const Tensor& C,
+                const std::optional<Tensor>& D, const std::optional<Tensor>& z, const std::optional<Tensor>& dt_bias,
+                bool dt_softplus, double dt_min, std::optional<double> dt_max) {
+  constexpr const char* op = "ssd_step";
+  const DType dtype = kernel_dtype(op, "x", x.scalar_type());
+  const DType state_dtype = kernel_dtype(op, "state", state.scalar_type());
+  check_same_device(op, "state", state, x);
+  check_argument((dtype == DType::kFloat64) == (state_dtype == DType::kFloat64), op,
+                 ": state must be Double where and only where x is, got ", name_of(state.scalar_type()));
+  check_rank(op, "x", x, 3, "[B, H, P]");
+  check_rank(op, "B", B, 3, "[B, G, N]");
+  const int64_t batch = x.size(0), H = x.size(1), P = x.size(2), G = B.size(1), N = B.size(2);
+  check_shape(op, "state", state, {batch, H, P, N});
+  check_same_device(op, "dt", dt, x);
+  check_floating(op, "dt", dt);
+  check_shape(op, "dt", dt, {batch, H});
+  check_same_device(op, "B", B, x);
+  check_dtype(op, "B", B, x.scalar_type());
+  check_shape(op, "B", B, {batch, G, N});
+  check_groups(op, B, G, H);
+  check_same_device(op, "C", C, x);
+  check_dtype(op, "C", C, x.scalar_type());
+  check_shape(op, "C", C, {batch, G, N});
+  check_head_parameters(op, x, A, D, dt_bias, H, P);
+  if (z) {
+    check_same_device(op, "z", *z, x);
+    check_dtype(op, "z", *z, x.scalar_type());
+    check_shape(op, "z", *z, {batch, H, P});
+  }
+  const double high = limit_of(op, dt_min, dt_max);
+  Tensor y = torch::stable::new_empty(x, x.sizes());
+  if (batch == 0) return y;
+
+  const ScalarType acc = scale_type(x.scalar_type());
+  const Tensor xd = inner_dense(x), Bd = inner_dense(B), Cd = inner_dense(C), Ad = as_dtype(A, acc);
+  const Tensor dtd = dt.scalar_type() == acc ? dt : torch::stable::to(dt, acc);
+  const std::optional<Tensor> zd = z ? std::optional(inner_dense(*z)) : std::nullopt, Dd = as_dtype(D, acc),
+                              bias = as_dtype(dt_bias, acc);
+  Tensor held = inner_dense(state);
+  const cpu::SsdStep args{.state = held.mutable_data_ptr(),
+                          .x = strided_token(xd),
+                          .dt = strided_token(dtd),
+                          .B = strided_token(Bd),
+                          .C = strided_token(Cd),
+                          .z = zd ? strided_token(*zd) : cpu::Strided{},
+                          .A = Ad.const_data_ptr(),
+                          .D = data_or_null(Dd),
+                          .dt_bias = data_or_null(bias),
+                          .y = y.mutable_data_ptr(),
+                          .dtype = dtype,
+                          .state_dtype = state_dtype,
+                          .D_per_channel = D && D->dim() == 2,
+                          .dt_softplus = dt_softplus,
+                          .dt_min = dt_min,
+                          .dt_max = high,
+                          .state_batch = held.stride(0),
+                          .state_head = held.stride(1),
+                          .state_row = held.stride(2),
+                          .batch = batch,
+                          .H = H,
+                          .P = P,
+                          .G = G,
+                          .N = N};
+  cpu::ssd_step(args, Launch(x));
+  if (held.data_ptr() != state.data_ptr()) torch::stable::copy_(state, held);
+  return y;
+}
+
+}  // namespace
+}  // namespace bitkernels
+
+STABLE_TORCH_LIBRARY_IMPL(bitkernels, CPU, m) { m.impl("ssd_step", TORCH_BOX(&bitkernels::ssd_step)); }

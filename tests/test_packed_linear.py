@@ -1,0 +1,220 @@
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import TOLERANCE, assert_close, check_compile, check_cuda_graph, noncontiguous, opcheck, rms_error, wide
+
+import bitkernels
+from bitkernels import reference
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@dataclass
+class Case:
+    batch: tuple[int, ...]  # leading dimensions of x
+    N: int
+    K: int
+    scales: str = "column"
+    bias: bool = False
+
+    def __str__(self):
+        batch = "x".join(map(str, self.batch)) or "vector"
+        return f"{batch}-N{self.N}-K{self.K}-{self.scales}{'-bias' if self.bias else ''}"
+
+
+CASES = [
+    Case((1,), 1, 1),
+    Case((), 5, 33),
+    Case((1,), 64, 31),
+    Case((1,), 65, 32, bias=True),
+    Case((1,), 127, 33, "row"),
+    Case((1,), 256, 1024, "single", bias=True),
+    Case((2, 3), 70, 100, bias=True),
+    Case((8,), 100, 257, "row", bias=True),
+    Case((9,), 33, 513),
+    Case((17,), 130, 96, "single"),
+    Case((33,), 129, 768, bias=True),
+    Case((130,), 200, 320, "row"),
+    Case((257,), 72, 129, bias=True),
+    Case((0,), 5, 33),
+    Case((3,), 0, 33),
+    Case((3,), 5, 0, bias=True),
+]
+
+
+def inputs(case, device, dtype, requires_grad=False):
+    """x, w_packed, alpha, beta, bias."""
+    shape = {"column": (case.K,), "row": (case.N, 1), "single": (1,)}[case.scales]
+    x = torch.randn(*case.batch, case.K, device=device).to(dtype)
+    w_packed = bitkernels.pack_sign(torch.randn(case.N, case.K, device=device))
+    scale_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    alpha = torch.rand(shape, device=device, dtype=scale_dtype) + 0.1
+    beta = torch.randn(shape, device=device, dtype=scale_dtype) * 0.1
+    bias = torch.randn(case.N, device=device, dtype=scale_dtype) if case.bias else None
+    for t in (x, alpha, beta, bias):
+        if t is not None:
+            t.requires_grad_(requires_grad)
+    return x, w_packed, alpha, beta, bias
+
+
+@pytest.mark.memcheck
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_value(case, dtype, device):
+    args = inputs(case, device, dtype)
+    y = bitkernels.packed_linear(*args)
+    assert y.dtype == dtype
+    assert_close("y", y, reference.packed_linear(*wide(*args)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("M", [1, 2, 3, 5, 8, 13, 16, 32, 64, 100, 300])
+def test_as_accurate_as_the_dense_layer(M, dtype, device):
+    """The error is no larger than that of F.linear with W~ rounded to the activations' dtype."""
+    case = Case((M,), 640, 512, "column")
+    x, w_packed, alpha, beta, _ = inputs(case, device, dtype)
+    dense = reference.unpack_sign(w_packed, case.K) * alpha + beta
+    ref = F.linear(*wide(x, dense))
+    error = rms_error(bitkernels.packed_linear(x, w_packed, alpha, beta), ref)
+    assert error <= (1e-5 if dtype == torch.float32 else 1.1 * rms_error(F.linear(x, dense.to(dtype)), ref))
+
+    # Where W~ is exact in the dtype, rounding the scaled activations may cost a little.
+    alpha, beta = alpha.to(dtype).float(), torch.zeros_like(beta)
+    dense = reference.unpack_sign(w_packed, case.K) * alpha
+    ref = F.linear(*wide(x, dense))
+    error = rms_error(bitkernels.packed_linear(x, w_packed, alpha, beta), ref)
+    assert error <= (1e-5 if dtype == torch.float32 else 1.5 * rms_error(F.linear(x, dense.to(dtype)), ref))
+
+
+@pytest.mark.parametrize("scales", ["column", "row", "single"])
+@pytest.mark.parametrize("K", [1, 31, 32, 33, 200])
+def test_one_hot_activations_return_the_matrix(K, scales, device):
+    """Signs times powers of two are exact in every dtype, so the decoded matrix must be too."""
+    w = torch.randn(37, K, device=device)
+    shape = {"column": (K,), "row": (37, 1), "single": (1,)}[scales]
+    alpha = 2.0 ** torch.randint(-3, 4, shape, device=device)
+    y = bitkernels.packed_linear(
+        torch.eye(K, device=device), bitkernels.pack_sign(w), alpha, torch.zeros(shape, device=device)
+    )
+    assert torch.equal(y, (torch.where(w >= 0, 1.0, -1.0) * alpha).t())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_gradients(case, dtype, device):
+    args = inputs(case, device, dtype, requires_grad=True)
+    wide_args = wide(*args)
+    y = bitkernels.packed_linear(*args)
+    ref = reference.packed_linear(*wide_args)
+    grad = torch.randn_like(y)
+    y.backward(grad)
+    ref.backward(grad.double().cpu())
+    for name, t, t_ref in zip(("x", "w_packed", "alpha", "beta", "bias"), args, wide_args, strict=True):
+        if t is not None and t.is_floating_point():
+            assert t.grad.dtype == t.dtype
+            # Scale gradients are sums of products of tensors in the activations' dtype.
+            assert_close(f"d{name}", t.grad, t_ref.grad, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("scales", ["column", "row", "single"])
+def test_gradcheck(scales):
+    x, w_packed, alpha, beta, bias = inputs(Case((3,), 5, 35, scales, True), "cpu", torch.float64, requires_grad=True)
+
+    def function(x, alpha, beta, bias):
+        return bitkernels.packed_linear(x, w_packed, alpha, beta, bias)
+
+    assert torch.autograd.gradcheck(function, (x, alpha, beta, bias))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("M", [1, 40])
+def test_noncontiguous(M, dtype, device):
+    x, w_packed, alpha, beta, bias = inputs(Case((M,), 50, 70, bias=True), device, dtype)
+    expected = bitkernels.packed_linear(x, w_packed, alpha, beta, bias)
+    words = w_packed.view(torch.int32).t().contiguous().t().view(torch.uint32)
+    views = (noncontiguous(x), words, noncontiguous(alpha), noncontiguous(beta), noncontiguous(bias))
+    assert torch.equal(bitkernels.packed_linear(*views), expected)
+
+
+@pytest.mark.parametrize("M", [1, 7, 100])
+def test_same_bits_every_run(M, device):
+    args = inputs(Case((M,), 300, 500, bias=True), device, torch.bfloat16)
+    first = bitkernels.packed_linear(*args)
+    grads = [torch.ops.bitkernels.packed_linear_backward(first, *args[:4]) for _ in range(2)]
+    assert torch.equal(bitkernels.packed_linear(*args), first)
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+@pytest.mark.parametrize("scales", ["column", "row"])
+def test_opcheck(scales, device):
+    args = inputs(Case((3, 4), 20, 40, scales, bias=True), device, torch.float32)
+    opcheck(torch.ops.bitkernels.packed_linear.default, args)
+    grad = torch.randn(3, 4, 20, device=device)
+    opcheck(torch.ops.bitkernels.packed_linear_backward.default, (grad, *args[:4]), grad=False)
+
+
+def test_compile_and_cuda_graph(device):
+    args = inputs(Case((4,), 20, 40, bias=True), device, torch.float32)
+    check_compile(bitkernels.packed_linear, args)
+    if device == "cuda":
+        check_cuda_graph(bitkernels.packed_linear, args)
+
+
+def test_compiled_training(device):
+    args = inputs(Case((4,), 20, 40, bias=True), device, torch.float32, requires_grad=True)
+    tensors = [a for a in args if a.requires_grad]
+
+    def loss(*args):
+        return bitkernels.packed_linear(*args).square().sum()
+
+    eager = torch.autograd.grad(loss(*args), tensors)
+    compiled = torch.autograd.grad(torch.compile(loss, fullgraph=True)(*args), tensors)
+    torch.testing.assert_close(compiled, eager)
+
+
+@pytest.mark.gpu
+def test_large_tensors_use_64_bit_addresses():
+    """M * K and M * N beyond 2^31 elements: the last rows are the first ones again."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device is visible")
+    K, N, M = 4096, 4096, 2**31 // 4096 + 64
+    x, w_packed, alpha, beta, _ = inputs(Case((64,), N, K), "cuda", torch.bfloat16)
+    tall = torch.empty(M, K, dtype=torch.bfloat16, device="cuda")
+    tall[:64] = tall[-64:] = x
+    tall[64:-64] = 0
+    y = bitkernels.packed_linear(tall, w_packed, alpha, beta)
+    assert torch.equal(y[:64], y[-64:])
+    assert_close("y", y[-64:], reference.packed_linear(*wide(x, w_packed, alpha, beta, None)))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"x": torch.randn(2, 41)}, "packed_linear: (w_packed|alpha) .*"),
+        ({"x": torch.randn(2, 40, dtype=torch.complex64)}, "packed_linear: x must be float32.*Complex"),
+        ({"x": torch.ones(2, 40, dtype=torch.int32)}, "packed_linear: x must be float32.*Int"),
+        ({"w_packed": torch.zeros(20, 1, dtype=torch.uint32)}, "packed_linear: w_packed must have .* 2 words.*got 1"),
+        ({"w_packed": torch.zeros(20, 2, dtype=torch.int32)}, "packed_linear: w_packed must be UInt32, got Int"),
+        ({"w_packed": torch.zeros(20, dtype=torch.uint32)}, r"packed_linear: w_packed must be .*got \[20\]"),
+        ({"alpha": torch.ones(39)}, r"packed_linear: alpha .*got \[39\]"),
+        ({"beta": torch.ones(20, 1)}, r"packed_linear: beta .*got \[20, 1\]"),
+        ({"bias": torch.ones(21)}, r"packed_linear: bias .*got \[21\]"),
+        ({"alpha": torch.ones(40, dtype=torch.int64)}, "packed_linear: alpha .*Long"),
+    ],
+)
+def test_bad_input(change, words):
+    names = ("x", "w_packed", "alpha", "beta", "bias")
+    good = dict(zip(names, inputs(Case((2,), 20, 40, bias=True), "cpu", torch.float32), strict=True))
+    with pytest.raises(ValueError, match=words):
+        bitkernels.packed_linear(**{**good, **change})
+
+
+@pytest.mark.gpu
+def test_mixed_devices():
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device is visible")
+    x, w_packed, alpha, beta, bias = inputs(Case((2,), 20, 40, bias=True), "cuda", torch.float32)
+    with pytest.raises(ValueError, match="packed_linear: alpha must be on the device"):
+        bitkernels.packed_linear(x, w_packed, alpha.cpu(), beta, bias)

@@ -1,0 +1,123 @@
+import pytest
+import torch
+from helpers import TOLERANCE, assert_close, check_compile, noncontiguous, opcheck, wide
+from test_packed_linear import Case
+
+import bitkernels
+from bitkernels import reference
+
+CASES = [
+    Case((1,), 1, 1),
+    Case((), 5, 33),
+    Case((4,), 64, 31, bias=True),
+    Case((2, 9), 65, 32, "row", bias=True),
+    Case((2, 20), 127, 97, "single"),
+    Case((130,), 200, 320, bias=True),
+    Case((0,), 5, 33, bias=True),
+]
+
+
+def inputs(case, device, dtype, latent=torch.float32, requires_grad=False):
+    """x, weight, alpha, beta, bias."""
+    shape = {"column": (1, case.K), "row": (case.N, 1), "single": (1,)}[case.scales]
+    x = torch.randn(*case.batch, case.K, device=device).to(dtype)
+    weight = torch.randn(case.N, case.K, device=device).to(latent)
+    weight[..., ::5] = 0.0
+    alpha = (torch.rand(shape, device=device) + 0.1).to(torch.promote_types(latent, torch.float32))
+    beta = torch.randn(shape, device=device).to(alpha.dtype) * 0.1
+    bias = torch.randn(case.N, device=device).to(alpha.dtype) if case.bias else None
+    for t in (x, weight, alpha, beta, bias):
+        if t is not None:
+            t.requires_grad_(requires_grad)
+    return x, weight, alpha, beta, bias
+
+
+@pytest.mark.memcheck
+@pytest.mark.parametrize(
+    ("dtype", "latent"),
+    [(torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16)],
+    ids=str,
+)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_value_and_gradients(case, dtype, latent, device):
+    args = inputs(case, device, dtype, latent, requires_grad=True)
+    wide_args = wide(*args)
+    y = bitkernels.sign_linear(*args)
+    ref = reference.sign_linear(*wide_args)
+    assert y.dtype == dtype
+    assert_close("y", y, ref)
+    grad = torch.randn_like(y)
+    y.backward(grad)
+    ref.backward(grad.double().cpu())
+    for name, t, t_ref in zip(("x", "weight", "alpha", "beta", "bias"), args, wide_args, strict=True):
+        if t is not None:
+            assert t.grad.dtype == t.dtype
+            # dW is a product of tensors in the activations' dtype, whatever the latent weight's.
+            assert_close(f"d{name}", t.grad, t_ref.grad, max(TOLERANCE[dtype], TOLERANCE[t.dtype]))
+
+
+@pytest.mark.parametrize("scales", ["column", "row", "single"])
+def test_gradients_in_float64(scales):
+    """gradcheck for what is smooth; the latent weight's gradient is the straight-through estimate by definition."""
+    x, weight, alpha, beta, bias = inputs(
+        Case((3,), 5, 35, scales, bias=True), "cpu", torch.float64, torch.float64, requires_grad=True
+    )
+
+    def function(x, alpha, beta, bias):
+        return bitkernels.sign_linear(x, weight.detach(), alpha, beta, bias)
+
+    assert torch.autograd.gradcheck(function, (x, alpha, beta, bias))
+    args, wide_args = (x, weight, alpha, beta, bias), wide(x, weight, alpha, beta, bias)
+    bitkernels.sign_linear(*args).square().sum().backward()
+    reference.sign_linear(*wide_args).square().sum().backward()
+    for t, t_ref in zip(args, wide_args, strict=True):
+        torch.testing.assert_close(t.grad, t_ref.grad)
+
+
+def test_sign_of_zero_is_plus_one(device):
+    x, weight = torch.ones(1, 3, device=device), torch.tensor([[0.0, -0.0, -1.0]], device=device)
+    one = torch.ones(1, device=device)
+    assert bitkernels.sign_linear(x, weight, one, 0 * one).item() == 1.0
+
+
+def test_keeps_packed_signs_rather_than_a_dense_weight(device):
+    """What autograd saves is far smaller than W~."""
+    x, weight, alpha, beta, _ = inputs(Case((1,), 256, 512), device, torch.float32, requires_grad=True)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        bitkernels.sign_linear(x, weight, alpha, beta)
+    assert saved
+    assert sum(t.numel() * t.element_size() for t in saved) < weight.numel()
+
+
+def test_noncontiguous(device):
+    args = inputs(Case((40,), 50, 70, bias=True), device, torch.float32)
+    views = [noncontiguous(t) for t in args]
+    assert torch.equal(bitkernels.sign_linear(*views), bitkernels.sign_linear(*args))
+
+
+@pytest.mark.parametrize("scales", ["column", "row"])
+def test_opcheck(scales, device):
+    opcheck(
+        torch.ops.bitkernels.sign_linear.default, inputs(Case((3, 4), 20, 40, scales, bias=True), device, torch.float32)
+    )
+
+
+def test_compiled_training(device):
+    args = inputs(Case((4,), 20, 40, bias=True), device, torch.float32, requires_grad=True)
+    check_compile(bitkernels.sign_linear, [a.detach() for a in args])
+
+    def loss(*args):
+        return bitkernels.sign_linear(*args).square().sum()
+
+    eager = torch.autograd.grad(loss(*args), args)
+    compiled = torch.autograd.grad(torch.compile(loss, fullgraph=True)(*args), args)
+    torch.testing.assert_close(compiled, eager)
+
+
+def test_bad_input():
+    x, weight, alpha, beta, bias = inputs(Case((2,), 20, 40, bias=True), "cpu", torch.float32)
+    with pytest.raises(ValueError, match=r"sign_linear: weight must be \[N, 40\].*got \[20, 39\]"):
+        bitkernels.sign_linear(x, weight[:, :39], alpha, beta, bias)
+    with pytest.raises(ValueError, match=r"alpha .*got \[1, 39\]"):
+        bitkernels.sign_linear(x, weight, alpha[:, :39], beta, bias)
