@@ -12,9 +12,9 @@ def register_scan() -> None:
         module.register()
 
 
-def register_packed() -> None:
+def register_packed(dispatch_key: str = "CUDA") -> None:
     """Registers the packed matmuls for CUDA tensors, where the CUDA library was not built."""
     from bitkernels.triton import pack, packed_linear, quantize_int8, ternary_linear
 
     for module in (pack, packed_linear, quantize_int8, ternary_linear):
-        module.register()
+        module.register(dispatch_key)
