@@ -62,7 +62,8 @@ struct BackwardShape : WideTile {
   static constexpr int kWordsOfWarp = kWordsOfTile / kRowWarps;
   static constexpr int kDepth = 128;  // rows of the weights in a stage: four units of dy
   static constexpr size_t kWordBytes = sizeof(uint32_t) * kWordsOfTile * kDepth;
-  static constexpr size_t kSharedBytes = kShared + 2 * kWordBytes;
+  static constexpr size_t kMainBytes = kStageBytes + 2 * kWordBytes;
+  static constexpr size_t kShared = kMainBytes > kOutBytes ? kMainBytes : kOutBytes;
 };
 
 template <typename W>
@@ -90,7 +91,8 @@ __global__ void __launch_bounds__(BackwardShape<W>::kThreads, 2)
     const int64_t n = stage * Shape::kDepth + threadIdx.x;
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
-      v[i] = n < w.rows ? load_words(w, w.packed + n * w.words, first_word + 4 * i) : uint4{};
+      v[i] = n < w.rows ? load_words(w, w.packed + n * w.words + first_word + 4 * i, w.words - first_word - 4 * i)
+                        : uint4{};
     }
   };
 
@@ -157,7 +159,8 @@ __global__ void __launch_bounds__(BackwardShape<W>::kThreads, 2)
 #pragma unroll
       for (int c = 0; c < 4; ++c) {
         const int token = i * kRowsPerGroup + 2 * t + c % 2;
-        out[token * Shape::kOutPitch + r * kMmaRows + c / 2 * 8 + g] = c < 2 ? sums[r][i][c] : sums[r][i][c] * W::kUpperRows;
+        out[token * Shape::kOutPitch + r * kMmaRows + c / 2 * 8 + g] =
+            c < 2 ? sums[r][i][c] : sums[r][i][c] * W::kUpperRows;
       }
     }
   }
@@ -193,7 +196,9 @@ __global__ void __launch_bounds__(BackwardShape<W>::kThreads, 2)
   }
   if (!gradients.x) return;
   const int64_t row = (blockIdx.x / column_blocks * Shape::kTokenWarps + warp / Shape::kRowWarps) * e.columns + k;
-  for (int i = 0; i < (two ? 2 : 1); ++i) {
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    if (k + i >= e.columns) break;
     gradients.dalpha[row + i] = dalpha[i];
     gradients.dbeta[row + i] = dbeta[i];
   }
@@ -212,8 +217,8 @@ void run_backward(const TokenSource& source, const uint32_t* w_packed, const Epi
   const Prepared dy = prepared<typename W::Gradient>(source.M, source.K, source.dtype, workspace);
   prepare_tokens<typename W::Gradient>(source, dy, stream);
   const int64_t blocks = ceil_div(w.words, Shape::kWordsOfTile) * ceil_div(dy.groups, Shape::kBlockGroups);
-  launch(backward_kernel<W>, Grid{dim3(static_cast<unsigned>(blocks)), Shape::kThreads, Shape::kSharedBytes, true},
-         stream, w, dy, e, gradients);
+  launch(backward_kernel<W>, Grid{dim3(static_cast<unsigned>(blocks)), Shape::kThreads, Shape::kShared, true}, stream,
+         w, dy, e, gradients);
 }
 
 }  // namespace bitkernels::cuda

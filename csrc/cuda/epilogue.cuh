@@ -24,9 +24,7 @@ __device__ inline Column column_of(const Epilogue& e, int64_t n) {
 }
 
 // Sum of weights in {-1, +1} or {-1, 0, +1} times activations.
-__device__ inline float sign_sum(const Token& t, float accumulated) {
-  return fmaf(accumulated, t.scale, -t.sum);
-}
+__device__ inline float sign_sum(const Token& t, float accumulated) { return fmaf(accumulated, t.scale, -t.sum); }
 
 __device__ inline float finish(const Epilogue&, const Token& t, const Column& c, float accumulated) {
   return fmaf(c.scale, sign_sum(t, accumulated), fmaf(c.shift, t.plain, c.bias));

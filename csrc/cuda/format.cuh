@@ -59,8 +59,7 @@ struct TernaryF16 : InWordOrder {
   // Registers 0..7 of a word: codes i and i + 8.
   static __device__ uint32_t decode(uint32_t word, int i) {
     constexpr uint32_t kMask = 0x00030003;
-    return 2 * i < kSubnormalBits ? word & kMask << 2 * i
-                                  : word >> kSubnormalBits & kMask << (2 * i - kSubnormalBits);
+    return 2 * i < kSubnormalBits ? word & kMask << 2 * i : word >> kSubnormalBits & kMask << (2 * i - kSubnormalBits);
   }
   static constexpr int plane(int i) { return 2 * i % kSubnormalBits; }
 };

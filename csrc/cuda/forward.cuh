@@ -23,8 +23,7 @@ inline Choice choose(int64_t rows, int64_t N, int64_t stages, int processors) {
   if (rows <= 32) return {Kernel::kSkinny32, 1};
   const bool narrow = rows <= NarrowTile::kTokens;
   const int64_t tiles =
-      narrow ? ceil_div(N, NarrowTile::kRows)
-             : ceil_div(N, WideTile::kRows) * ceil_div(rows, WideTile::kTokens);
+      narrow ? ceil_div(N, NarrowTile::kRows) : ceil_div(N, WideTile::kRows) * ceil_div(rows, WideTile::kTokens);
   constexpr int64_t kLeastStages = 4;
   const int64_t wanted = tiles < processors ? ceil_div(processors, tiles) : 1;
   const int64_t possible = stages / kLeastStages < 1 ? 1 : stages / kLeastStages;

@@ -4,6 +4,8 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <stdexcept>
+#include <string>
 
 namespace bitkernels::cuda {
 
@@ -16,11 +18,16 @@ struct Grid {
   bool overlaps_previous = false;
 };
 
+// Thrown here, because the CUDA runtime inside this library keeps errors that torch's runtime never sees.
+inline void check(cudaError_t error) {
+  if (error != cudaSuccess) throw std::runtime_error(std::string("bitkernels: ") + cudaGetErrorString(error));
+}
+
 inline int device_attribute(cudaDeviceAttr attribute) {
   int device = 0;
   int value = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&value, attribute, device);
+  check(cudaGetDevice(&device));
+  check(cudaDeviceGetAttribute(&value, attribute, device));
   return value;
 }
 
@@ -28,7 +35,8 @@ template <typename... Params, typename... Args>
 void launch(void (*kernel)(Params...), const Grid& grid, cudaStream_t stream, const Args&... args) {
   constexpr size_t kSharedWithoutOptIn = 48 * 1024;
   if (grid.shared_bytes > kSharedWithoutOptIn) {
-    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(grid.shared_bytes));
+    check(
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(grid.shared_bytes)));
   }
   cudaLaunchConfig_t config = {};
   config.gridDim = grid.blocks;
@@ -42,7 +50,7 @@ void launch(void (*kernel)(Params...), const Grid& grid, cudaStream_t stream, co
     config.attrs = &attribute;
     config.numAttrs = 1;
   }
-  cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...);
+  check(cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...));
 }
 
 // Blocks for `items` of work taken in grid-stride loops.

@@ -12,9 +12,8 @@ ScaleGradients partial_gradients(const PackedLinearBackward& p, const Prepared& 
 }
 
 // out[k] = sum of a column, in a fixed order: one lane a column, the warps of a block every eighth row.
-__global__ void __launch_bounds__(256)
-    add_rows_kernel(const float* dalpha_rows, const float* dbeta_rows, int64_t rows, int64_t columns, float* dalpha,
-                    float* dbeta) {
+__global__ void __launch_bounds__(256) add_rows_kernel(const float* dalpha_rows, const float* dbeta_rows, int64_t rows,
+                                                       int64_t columns, float* dalpha, float* dbeta) {
   __shared__ float scratch[2][8][32];
   wait_for_previous_kernel();
   const int lane = threadIdx.x % 32;

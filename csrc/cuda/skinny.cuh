@@ -17,7 +17,9 @@ constexpr int kSkinnyMostWarps = 8;
 constexpr int skinny_pitch(int tiles) { return kMmaRows * tiles + 4; }
 
 template <typename F, int kGroups, int kTiles>
-__global__ void __launch_bounds__(32 * kSkinnyMostWarps, kGroups <= 2 ? 4 : 2)
+__global__ void __launch_bounds__(32 * kSkinnyMostWarps, kGroups == 1   ? 4
+                                                         : kGroups == 2 ? 3
+                                                                        : 2)
     skinny_kernel(Weights w, Prepared x, Epilogue e, int64_t M) {
   using Accumulator = typename F::Accumulator;
   constexpr int kPitch = skinny_pitch(kTiles);
@@ -31,22 +33,20 @@ __global__ void __launch_bounds__(32 * kSkinnyMostWarps, kGroups <= 2 ? 4 : 2)
   const int t = lane % 4;
   const int64_t first_row = int64_t(blockIdx.x) * kMmaRows * kTiles;
 
-  const uint32_t* row[kTiles][2];
-#pragma unroll
-  for (int r = 0; r < kTiles; ++r) {
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int64_t n = first_row + r * kMmaRows + h * 8 + g;
-      row[r][h] = w.packed + min(n, w.rows - 1) * w.words;
-    }
-  }
+  // Within a block, offsets fit 32 bits.
+  const uint32_t* block_words = w.packed + first_row * w.words + 4 * t;
+  const int last_row = static_cast<int>(min(w.rows - first_row, int64_t(kMmaRows * kTiles))) - 1;
+  const int words_of_row = static_cast<int>(w.words);
   const int pieces = static_cast<int>(x.units / kUnitsPerPiece);
   const auto fetch = [&](int piece, uint4(&v)[kTiles][2]) {
     if (piece >= pieces) return;
 #pragma unroll
     for (int r = 0; r < kTiles; ++r) {
 #pragma unroll
-      for (int h = 0; h < 2; ++h) v[r][h] = load_words(w, row[r][h], int64_t(piece) * kWordsPerPiece + 4 * t);
+      for (int h = 0; h < 2; ++h) {
+        const uint32_t* row = block_words + min(r * kMmaRows + h * 8 + g, last_row) * words_of_row;
+        v[r][h] = load_words(w, row + piece * kWordsPerPiece, words_of_row - piece * kWordsPerPiece - 4 * t);
+      }
     }
   };
 

@@ -9,8 +9,8 @@ int64_t ternary_linear_workspace(const TernaryLinear& p) {
 
 void ternary_linear(const TernaryLinear& p, Executor stream) {
   const TokenSource source{p.x, nullptr, nullptr, 0, false, p.dtype, p.M, p.K};
-  const Epilogue epilogue{static_cast<const float*>(p.scale), nullptr, 0, static_cast<const float*>(p.bias), p.y,
-                          p.dtype, p.N};
+  const Epilogue epilogue{
+      static_cast<const float*>(p.scale), nullptr, 0, static_cast<const float*>(p.bias), p.y, p.dtype, p.N};
   if (p.int8_activations) {
     run_forward<TernaryI8>(source, p.w_packed, epilogue, p.workspace, stream);
   } else {

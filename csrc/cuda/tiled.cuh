@@ -23,15 +23,17 @@ struct TileShape {
   static constexpr int kGroups = 8;  // of a warp
   static constexpr int kBlockGroups = kGroups * kTokenWarps;
   static constexpr int kTokens = kBlockGroups * kRowsPerGroup;
-  static constexpr int kStages = 3;
+  // A stage is some 2000 cycles of work: enough to hide the next one's way from L2 behind.
+  static constexpr int kStages = 2;
   // A stage holds four chunks of activations for each lane and group: one word of signs, four of int8.
   static constexpr int kChunksPerStage = 4;
   static constexpr int kStageVectors = kChunksPerStage * kBlockGroups * 32;
   // The output of a warp, [tokens][rows], passes through the same memory on its way out.
   static constexpr int kOutPitch = kTiles * kMmaRows + 4;
   static constexpr int kWarpOut = kGroups * kRowsPerGroup * kOutPitch;
-  static constexpr size_t kShared = sizeof(uint4) * kStages * kStageVectors;
-  static_assert(kShared >= sizeof(float) * kWarps * kWarpOut);
+  static constexpr size_t kStageBytes = sizeof(uint4) * kStages * kStageVectors;
+  static constexpr size_t kOutBytes = sizeof(float) * kWarps * kWarpOut;
+  static constexpr size_t kShared = kStageBytes > kOutBytes ? kStageBytes : kOutBytes;
 };
 
 using WideTile = TileShape<2, 2>;    // 128 tokens
@@ -42,14 +44,15 @@ template <typename Shape, int kChunks>
 __device__ void fetch_stage(const Prepared& x, int64_t stage, int64_t first_group, uint4* shared) {
   constexpr int kUnits = Shape::kChunksPerStage / kChunks;
   constexpr int kPerUnit = Shape::kStageVectors / kUnits;
-  const int64_t present = min(x.groups - first_group, int64_t(Shape::kBlockGroups)) * kChunks * 32;
+  static_assert(kPerUnit % Shape::kThreads == 0);
+  const int present = static_cast<int>(min(x.groups - first_group, int64_t(Shape::kBlockGroups))) * kChunks * 32;
 #pragma unroll
-  for (int i = threadIdx.x; i < Shape::kStageVectors; i += Shape::kThreads) {
-    const int unit = i / kPerUnit;
-    const int within = i % kPerUnit;
-    if (within < present) {
-      copy_async(shared + i,
-                 x.chunks + ((stage * kUnits + unit) * x.groups + first_group) * (kChunks * 32) + within);
+  for (int unit = 0; unit < kUnits; ++unit) {
+    const uint4* from = x.chunks + ((stage * kUnits + unit) * x.groups + first_group) * (kChunks * 32) + threadIdx.x;
+    uint4* to = shared + unit * kPerUnit + threadIdx.x;
+#pragma unroll
+    for (int i = 0; i < kPerUnit; i += Shape::kThreads) {
+      if (static_cast<int>(threadIdx.x) + i < present) copy_async(to + i, from + i);
     }
   }
 }
@@ -75,20 +78,25 @@ __global__ void __launch_bounds__(Shape::kThreads, 2)
   const int g = lane / 4;
   const int t = lane % 4;
   const int64_t row_blocks = ceil_div(w.rows, Shape::kRows);
-  const int64_t first_row = blockIdx.x % row_blocks * Shape::kRows + warp % Shape::kRowWarps * (Shape::kTiles * kMmaRows);
+  const int64_t block_row = blockIdx.x % row_blocks * Shape::kRows;
+  const int warp_row = warp % Shape::kRowWarps * (Shape::kTiles * kMmaRows);
+  const int64_t first_row = block_row + warp_row;
   const int64_t first_group = blockIdx.x / row_blocks * Shape::kBlockGroups;
   const int warp_group = warp / Shape::kRowWarps * Shape::kGroups;
   const Share share = share_of(x.units / kUnits, blockIdx.y, gridDim.y);
 
-  // Word of the unit that this lane consumes, in each of its rows.
-  const auto fetch_words = [&](int64_t unit, uint32_t(&v)[Shape::kTiles][2]) {
-    const int64_t word = unit / kUnitsPerPiece * kWordsPerPiece + 4 * t + unit % kUnitsPerPiece;
+  // Word of the unit that this lane consumes, in each of its rows. Within a block, offsets fit 32 bits.
+  const uint32_t* block_words = w.packed + block_row * w.words;
+  const int last_row = static_cast<int>(min(w.rows - block_row, int64_t(Shape::kRows))) - 1;
+  const int words_of_row = static_cast<int>(w.words);
+  const auto fetch_words = [&](int64_t unit, uint32_t (&v)[Shape::kTiles][2]) {
+    const int word = static_cast<int>(unit / kUnitsPerPiece * kWordsPerPiece + unit % kUnitsPerPiece) + 4 * t;
 #pragma unroll
     for (int r = 0; r < Shape::kTiles; ++r) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const int64_t n = min(first_row + r * kMmaRows + h * 8 + g, w.rows - 1);
-        v[r][h] = word < w.words ? __ldg(w.packed + n * w.words + word) : 0;
+        const int row = min(warp_row + r * kMmaRows + h * 8 + g, last_row);
+        v[r][h] = word < words_of_row ? __ldg(block_words + row * words_of_row + word) : 0;
       }
     }
   };

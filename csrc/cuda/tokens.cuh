@@ -24,7 +24,7 @@ constexpr int kRowsPerGroup = 8;
 constexpr float kSecondLimb = 1.0f / 4096.0f;
 
 // value = weight scale * (accumulated * scale - sum) + weight shift * plain
-struct alignas(16) Token {
+struct Token {
   float scale;  // int8: the activation scale
   float sum;    // of the prepared activations; int8: the bits of an int
   float plain;  // sum of shift * x
@@ -171,12 +171,13 @@ __global__ void __launch_bounds__(512) prepare_kernel(TokenSource s, Prepared p,
         }
       }
     }
-    for (int limb = 0; limb < limbs; ++limb) {
+#pragma unroll
+    for (int limb = 0; limb < 2; ++limb) {
       const int64_t to = m * limbs + limb;
       const int64_t group = to / kRowsPerGroup;
       const int lane = static_cast<int>(to % kRowsPerGroup) * 4 + F::quad_lane(word);
-      if (group < p.groups) {
-        const uint32_t(&c)[4] = out[limb];
+      if (limb < limbs && group < p.groups) {
+        const uint32_t (&c)[4] = out[limb];
         p.chunks[((F::unit(word) * p.groups + group) * F::kChunks + q) * 32 + lane] = {c[0], c[1], c[2], c[3]};
       }
     }
@@ -195,9 +196,12 @@ __global__ void __launch_bounds__(512) prepare_kernel(TokenSource s, Prepared p,
 
 template <typename F>
 void prepare_tokens(const TokenSource& s, const Prepared& p, cudaStream_t stream) {
-  const auto aligned = [](const void* pointer, size_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; };
+  const auto aligned = [](const void* pointer, size_t bytes) {
+    return reinterpret_cast<uintptr_t>(pointer) % bytes == 0;
+  };
   const int64_t rows_per_token = p.rows / s.M;
-  const Grid grid{dim3(static_cast<unsigned>(ceil_div(p.groups * kRowsPerGroup, rows_per_token))), s.M > 64 ? 256 : 512};
+  const Grid grid{dim3(static_cast<unsigned>(ceil_div(p.groups * kRowsPerGroup, rows_per_token))),
+                  s.M > 64 ? 256 : 512};
   dispatch_float(s.dtype, [&](auto t) {
     const bool vector = s.K % 4 == 0 && aligned(s.x, 4 * sizeof(t)) && aligned(s.scale, 16) && aligned(s.shift, 16);
     launch(prepare_kernel<F, decltype(t)>, grid, stream, s, p, vector);

@@ -19,16 +19,14 @@ inline Weights weights(const uint32_t* packed, int64_t rows, int64_t words) {
   return {packed, rows, words, words % 4 == 0 && reinterpret_cast<uintptr_t>(packed) % 16 == 0};
 }
 
-// Words [first, first + 4) of a row, zero past its end.
-__device__ inline uint4 load_words(const Weights& w, const uint32_t* row, int64_t first) {
-  if (w.vector) {
-    return first < w.words ? load_streaming(reinterpret_cast<const uint4*>(row + first)) : uint4{};
-  }
+// Four words of a row that has `left` more; zero past its end.
+__device__ inline uint4 load_words(const Weights& w, const uint32_t* from, int64_t left) {
+  if (w.vector) return left > 0 ? load_streaming(reinterpret_cast<const uint4*>(from)) : uint4{};
   uint4 v{};
-  if (first < w.words) v.x = __ldg(row + first);
-  if (first + 1 < w.words) v.y = __ldg(row + first + 1);
-  if (first + 2 < w.words) v.z = __ldg(row + first + 2);
-  if (first + 3 < w.words) v.w = __ldg(row + first + 3);
+  if (left > 0) v.x = __ldg(from);
+  if (left > 1) v.y = __ldg(from + 1);
+  if (left > 2) v.z = __ldg(from + 2);
+  if (left > 3) v.w = __ldg(from + 3);
   return v;
 }
 
