@@ -11,6 +11,7 @@ import torch
 import bitkernels  # noqa: F401
 
 _rows: dict[str, list[dict]] = {}
+_failed: set[str] = set()
 
 
 def pytest_addoption(parser):
@@ -37,13 +38,25 @@ def compare(benchmark, device, request):
     def run(name: str, ours, peers, flops: float, headline: bool = False, **columns):
         row = {"case": name, **columns, **harness.compare(benchmark, device, ours, peers, flops), "headline": headline}
         benchmark.extra_info.update(row)
-        op = Path(request.node.path).stem.removeprefix("bench_")
-        _rows.setdefault(op, []).append(row)
+        _rows.setdefault(_operator(request.node), []).append(row)
         return row
 
     return run
 
 
+def _operator(node) -> str:
+    return Path(node.path).stem.removeprefix("bench_")
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item, call):
+    if (yield).get_result().failed:
+        _failed.add(_operator(item))
+
+
 def pytest_sessionfinish(session, exitstatus):
-    if _rows and exitstatus == 0:
+    # The results of an operator are replaced as a whole, so it is all of its rows or none.
+    for op in _failed & _rows.keys():
+        del _rows[op]
+    if _rows:
         print(f"\nresults: {results.save(harness.device_of(session.config), _rows)}")

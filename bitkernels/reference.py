@@ -162,7 +162,8 @@ def ssd_scan(
             part = slice(begin, end)
             y, final = ssd_scan(
                 x[:, part], dt[:, part], A, B[:, part], C[:, part], D, None if z is None else z[:, part], dt_bias,
-                None if initial_states is None else initial_states[s : s + 1], None, None, dt_softplus, dt_limit,
+                None if initial_states is None else initial_states[s : s + 1],
+                None if seq_idx is None else seq_idx[:, part], None, dt_softplus, dt_limit,
             )  # fmt: skip
             ys.append(y)
             finals.append(final)
@@ -175,8 +176,7 @@ def ssd_scan(
         dt = dt + dt_bias
     if dt_softplus:
         dt = F.softplus(dt)
-    if dt_limit != (0.0, math.inf):
-        dt = dt.clamp(*dt_limit)
+    dt = dt.clamp(*dt_limit)
     h = x.new_zeros(batch, heads, headdim, B.shape[3]) if initial_states is None else initial_states
     ys = []
     for t in range(time):

@@ -43,7 +43,7 @@ Words packed_words(const char* op, const py::array& w_packed, int64_t K, int64_t
 std::optional<Floats> optional_bias(const char* op, const std::optional<py::array>& bias, int64_t N) {
   if (!bias) return std::nullopt;
   check_argument(sizes(*bias) == std::vector<int64_t>{N}, op, ": bias must be of shape [", N, "], got ",
-                 to_string(sizes(*bias)));
+                 Shape{sizes(*bias)});
   return floats(op, "bias", *bias);
 }
 
@@ -84,7 +84,7 @@ ParallelFor threads(const char* op, std::optional<int64_t> num_threads) {
 
 template <typename Kernel>
 Words pack(const char* op, const py::array& w, int64_t per_word, const Kernel& kernel) {
-  check_argument(w.ndim() == 2, op, ": w must be [N, K], got ", to_string(sizes(w)));
+  check_argument(w.ndim() == 2, op, ": w must be [N, K], got ", Shape{sizes(w)});
   const Floats dense = floats(op, "w", w);
   const int64_t N = w.shape(0), K = w.shape(1);
   Words packed({N, ceil_div(K, per_word)});
@@ -115,8 +115,8 @@ Floats packed_linear(const py::array& x, const py::array& w_packed, const py::ar
   const Words wd = packed_words(op, w_packed, K, kSignsPerWord);
   const int64_t N = wd.shape(0);
   const ScaleAxis axis = scale_axis(op, sizes(ad), N, K);
-  check_argument(sizes(bd) == sizes(ad), op, ": beta must have alpha's shape ", to_string(sizes(ad)), ", got ",
-                 to_string(sizes(bd)));
+  check_argument(sizes(bd) == sizes(ad), op, ": beta must have alpha's shape ", Shape{sizes(ad)}, ", got ",
+                 Shape{sizes(bd)});
   const std::optional<Floats> bias_d = optional_bias(op, bias, N);
   const ParallelFor run = threads(op, num_threads);
   Floats y = empty_like_with_last(xd, N);

@@ -4,6 +4,7 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/macros.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
@@ -26,9 +27,9 @@ namespace bitkernels {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-inline std::string shape(const Tensor& t) { return to_string(t.sizes()); }
+inline auto shape(const Tensor& t) { return Shape{t.sizes()}; }
 
-inline std::string name_of(ScalarType dtype) { return torch::headeronly::toString(dtype); }
+inline const char* name_of(ScalarType dtype) { return torch::headeronly::toString(dtype); }
 
 // Dense row-major memory, copied only where it is not so already.
 inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
@@ -76,11 +77,8 @@ inline void check_dtype(const char* op, const char* argument, const Tensor& t, S
 }
 
 inline void check_shape(const char* op, const char* argument, const Tensor& t, std::initializer_list<int64_t> expected) {
-  bool same = t.dim() == static_cast<int64_t>(expected.size());
-  int64_t i = 0;
-  for (int64_t size : expected) same = same && t.size(i++) == size;
-  check_argument(same, op, ": ", argument, " must be of shape ",
-                  to_string(std::vector<int64_t>(expected)), ", got ", shape(t));
+  check_argument(shape(t) == Shape{expected}, op, ": ", argument, " must be of shape ",
+                  Shape{expected}, ", got ", shape(t));
 }
 
 inline void check_packed(const char* op, const Tensor& w_packed, int64_t K, int64_t per_word) {

@@ -70,8 +70,8 @@ std::tuple<Tensor, Tensor, Tensor> packed_linear_backward(const Tensor& grad, co
   check_same_device(op, "grad", grad, x);
   check_dtype(op, "grad", grad, x.scalar_type());
   const std::vector<int64_t> grad_sizes = sizes_with_last(x, p.N);
-  check_argument(shape(grad) == to_string(grad_sizes), op, ": grad must be of shape ", to_string(grad_sizes),
-                 ", got ", shape(grad));
+  check_argument(shape(grad) == Shape{grad_sizes}, op, ": grad must be of shape ", Shape{grad_sizes}, ", got ",
+                 shape(grad));
   const bool column = p.axis == ScaleAxis::kColumn;
   Tensor dx = torch::stable::new_empty(x, sizes_with_last(x, p.K));
   const std::vector<int64_t> scale_sizes =

@@ -239,18 +239,18 @@ inline void multiply_block(const T* a, int64_t a_row, int64_t a_col, const T* b,
   Vec<T> sum[R][V] = {};
   for (int64_t k = 0; k < K; ++k) {
     Vec<T> right[V];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int v = 0; v < V; ++v) right[v] = load(b + k * b_row + v * kLanes<T>);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
       const Vec<T> left = splat(a[r * a_row + k * a_col]);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int v = 0; v < V; ++v) sum[r][v] += left * right[v];
     }
   }
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int v = 0; v < V; ++v) {
       T* to = c + r * c_row + v * kLanes<T>;
       store(to, beta == T(0) ? sum[r][v] : sum[r][v] + load(to) * beta);
@@ -280,7 +280,12 @@ inline void multiply_columns(Matrix<T> a, const T* b, int64_t b_row, T* c, int64
                             c_row, end - begin, beta);
     m += R;
   };
-  while (m + kBlockRows <= M) rows(std::integral_constant<int, kBlockRows>{});
+  // Fewer vectors leave registers for more rows.
+  constexpr int tall = kBlockRows * kBlockVectors / V;
+  while (m + tall <= M) rows(std::integral_constant<int, tall>{});
+  if constexpr (tall > kBlockRows) {
+    while (m + kBlockRows <= M) rows(std::integral_constant<int, kBlockRows>{});
+  }
   while (m < M) rows(std::integral_constant<int, 1>{});
 }
 

@@ -116,15 +116,18 @@ struct HeadScanBackward : HeadScan<E, T> {
   // dlog_a[u] = through + sum_{t >= u} in[t] + sum_{s < u} out[s] + sum_{t >= u, s < u} Q[t][s]
   void sum_across_boundaries(const T* in, const T* out, T through, T* dlog_a) const {
     T column[kChunk] = {};  // sum_{t >= u} Q[t][s]
+    T before[2 * kChunk] = {};  // from kChunk - u on: 1 where s < u, else 0
+    for (int64_t s = 0; s < kChunk; ++s) before[s] = 1;
     T later = 0;
     for (int64_t u = kChunk - 1; u >= 0; --u) {
       later += in[u];
+      Vec<T> inner{};
       for (int64_t s = 0; s < kChunk; s += kLanes<T>) {
-        store(column + s, load(column + s) + load(Q + u * kChunk + s));
+        const Vec<T> sum = load(column + s) + load(Q + u * kChunk + s);
+        store(column + s, sum);
+        inner += sum * load(before + kChunk - u + s);
       }
-      T inner[kLanes<T>] = {};
-      for (int64_t s = 0; s < u; ++s) inner[s % kLanes<T>] += column[s];
-      dlog_a[u] = later + sum_lanes(load(inner));
+      dlog_a[u] = later + sum_lanes(inner);
     }
     T earlier = through;
     for (int64_t u = 0; u < kChunk; ++u) {

@@ -30,7 +30,7 @@ struct HeadBlocks {
   int64_t heads, count;  // of a block; blocks of a group
 
   explicit HeadBlocks(const SsdScan& p) {
-    constexpr int64_t kItems = 32;  // enough to share among threads
+    constexpr int64_t kItems = 16;  // to share among threads; each holds a dB and a dC
     const int64_t group_heads = p.H / p.G;
     const int64_t wanted = ceil_div(p.S * p.H, kItems);
     heads = wanted < group_heads ? wanted : group_heads;
