@@ -35,6 +35,11 @@ if _TORCH_HAS_CUDA:
             _PACKED_BACKEND = "Triton"
 
 
+def needed_grads(ctx, count: int) -> tuple[bool, ...]:
+    """``ctx.needs_input_grad`` of an operator's ``count`` arguments: torch drops trailing defaults."""
+    return (*ctx.needs_input_grad, *([False] * count))[:count]
+
+
 def build_info() -> dict[str, str]:
     """What was built and what serves which device, as printed by ``bitkernels info``.
 

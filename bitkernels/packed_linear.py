@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from bitkernels import _ops  # noqa: F401  (loads the operators)
+from bitkernels._ops import needed_grads
 
 
 def packed_linear(x: Tensor, w_packed: Tensor, alpha: Tensor, beta: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -67,7 +67,7 @@ def row_scale_grads(total: Tensor, alpha: Tensor) -> Tensor:
 
 def _backward(ctx, grad):
     x, w_packed, alpha, beta = ctx.saved_tensors
-    need_x, _, need_alpha, need_beta, need_bias = ctx.needs_input_grad
+    need_x, _, need_alpha, need_beta, need_bias = needed_grads(ctx, 5)
     dx = dalpha = dbeta = dbias = None
     column = is_column_scale(alpha, x.shape[-1])
     if need_x or (column and (need_alpha or need_beta)):

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from bitkernels._ops import needed_grads
 from bitkernels.packed_linear import is_column_scale, row_scale_grads
 
 
@@ -61,7 +62,7 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, grad, _):
     x, w_packed, alpha, beta = ctx.saved_tensors
-    need_x, need_weight, need_alpha, need_beta, need_bias = ctx.needs_input_grad
+    need_x, need_weight, need_alpha, need_beta, need_bias = needed_grads(ctx, 5)
     K = x.shape[-1]
     column = is_column_scale(alpha, K)
     dx = dweight = dalpha = dbeta = dbias = None

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from bitkernels import _ops  # noqa: F401  (loads the operators)
+from bitkernels._ops import needed_grads
 
 
 def ternary_linear(
@@ -58,7 +58,7 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, grad):
     x, w_packed, scale = ctx.saved_tensors
-    need_x, _, need_scale, need_bias, _ = ctx.needs_input_grad
+    need_x, _, need_scale, need_bias, _ = needed_grads(ctx, 5)
     dx = dscale = dbias = None
     if need_x:
         dx = torch.ops.bitkernels.ternary_linear_backward(grad, w_packed, scale, x.shape[-1])

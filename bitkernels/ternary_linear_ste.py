@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from bitkernels._ops import needed_grads
 from bitkernels.quantize_int8 import fake_quantize_int8
 
 
@@ -65,7 +66,7 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, grad, *_):
     x, w_packed, scale = ctx.saved_tensors
-    need_x, need_weight, need_bias, _ = ctx.needs_input_grad
+    need_x, need_weight, need_bias, _ = needed_grads(ctx, 4)
     dx = dweight = dbias = None
     if need_x:
         dx = torch.ops.bitkernels.ternary_linear_backward(grad, w_packed, scale, x.shape[-1])

@@ -24,12 +24,6 @@ inline cpu::Strided strided_token(const Tensor& t) {
   return {t.const_data_ptr(), t.stride(0), 0, t.dim() > 1 ? t.stride(1) : 0};
 }
 
-inline std::optional<Tensor> as_dtype(const std::optional<Tensor>& t, ScalarType dtype) {
-  return t ? std::optional(as_dtype(*t, dtype)) : std::nullopt;
-}
-
-inline const void* data_or_null(const std::optional<Tensor>& t) { return t ? t->const_data_ptr() : nullptr; }
-
 inline void* mutable_data_or_null(const std::optional<Tensor>& t) { return t ? t->mutable_data_ptr() : nullptr; }
 
 inline Tensor empty_gradient(const Tensor& like) {

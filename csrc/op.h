@@ -4,15 +4,15 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/macros.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <optional>
-#include <sstream>
-#include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "arguments.h"
 #include "kernels.h"
 
 // The dispatch key of the library being compiled.
@@ -27,26 +27,9 @@ namespace bitkernels {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-inline std::string to_string(torch::headeronly::IntHeaderOnlyArrayRef sizes) {
-  std::ostringstream out;
-  out << '[';
-  for (size_t i = 0; i < sizes.size(); ++i) out << (i ? ", " : "") << sizes[i];
-  out << ']';
-  return out.str();
-}
+inline auto shape(const Tensor& t) { return Shape{t.sizes()}; }
 
-inline std::string shape(const Tensor& t) { return to_string(t.sizes()); }
-
-inline std::string name_of(ScalarType dtype) { return torch::headeronly::toString(dtype); }
-
-// Python sees a ValueError with this message, which names the operator, the argument and the value found.
-template <typename... Parts>
-void check_argument(bool holds, const Parts&... parts) {
-  if (holds) return;
-  std::ostringstream out;
-  (out << ... << parts);
-  throw std::invalid_argument(out.str());
-}
+inline const char* name_of(ScalarType dtype) { return torch::headeronly::toString(dtype); }
 
 // Dense row-major memory, copied only where it is not so already.
 inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
@@ -54,6 +37,15 @@ inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::sta
 inline Tensor as_dtype(const Tensor& t, ScalarType dtype) {
   return dense(t.scalar_type() == dtype ? t : torch::stable::to(t, dtype));
 }
+
+inline std::optional<Tensor> as_dtype(const std::optional<Tensor>& t, ScalarType dtype) {
+  if (!t) return std::nullopt;
+  return as_dtype(*t, dtype);
+}
+
+inline const void* data_or_null(const std::optional<Tensor>& t) { return t ? t->const_data_ptr() : nullptr; }
+
+inline const uint32_t* words(const Tensor& w_packed) { return static_cast<const uint32_t*>(w_packed.const_data_ptr()); }
 
 // Scales and biases are held in fp32, and in fp64 where the activations are fp64.
 inline ScalarType scale_type(ScalarType activation) {
@@ -85,11 +77,13 @@ inline void check_dtype(const char* op, const char* argument, const Tensor& t, S
 }
 
 inline void check_shape(const char* op, const char* argument, const Tensor& t, std::initializer_list<int64_t> expected) {
-  bool same = t.dim() == static_cast<int64_t>(expected.size());
-  int64_t i = 0;
-  for (int64_t size : expected) same = same && t.size(i++) == size;
-  check_argument(same, op, ": ", argument, " must be of shape ",
-                  to_string({expected.begin(), expected.size()}), ", got ", shape(t));
+  check_argument(shape(t) == Shape{expected}, op, ": ", argument, " must be of shape ",
+                  Shape{expected}, ", got ", shape(t));
+}
+
+inline void check_packed(const char* op, const Tensor& w_packed, int64_t K, int64_t per_word) {
+  check_dtype(op, "w_packed", w_packed, ScalarType::UInt32);
+  check_packed_shape(op, w_packed.sizes(), K, per_word);
 }
 
 // Rows of a [..., width] tensor.
@@ -97,6 +91,13 @@ inline int64_t rows(const Tensor& t) {
   int64_t n = 1;
   for (int64_t i = 0; i + 1 < t.dim(); ++i) n *= t.size(i);
   return n;
+}
+
+// The sizes of t with another last dimension.
+inline std::vector<int64_t> sizes_with_last(const Tensor& t, int64_t width) {
+  std::vector<int64_t> sizes(t.sizes().begin(), t.sizes().end());
+  sizes.back() = width;
+  return sizes;
 }
 
 // Scratch memory from torch's allocator, freed in stream order.

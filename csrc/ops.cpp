@@ -3,6 +3,9 @@
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(bitkernels, m) {
+  // The instruction set of the CPU kernels: portable, avx2 or avx512. `force` chooses one, "" the best again.
+  m.def("cpu_path(str? force=None) -> str");
+
   m.def("pack_sign(Tensor w) -> Tensor");
   m.def("unpack_sign(Tensor w_packed, SymInt K, *, ScalarType dtype) -> Tensor");
   m.def("pack_ternary(Tensor w) -> Tensor");

@@ -29,7 +29,7 @@ def test_value_and_gradients(shape, vocab, width, device):
     step = ref.detach().abs().amax(-1, keepdim=True) / 127
     difference = (y.detach().double().cpu() - ref.detach()).abs()
     assert (difference <= 1.001 * step).all()
-    assert (difference > 1e-5 * step.clamp(min=1e-3)).float().mean() < 0.01 if y.numel() else True
+    assert (difference > 1e-3 * step).float().mean() < 0.01 if y.numel() else True
     grad = torch.randn_like(y)
     y.backward(grad)
     ref.backward(grad.double().cpu())

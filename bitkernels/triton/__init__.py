@@ -4,17 +4,17 @@ Loaded by ``bitkernels._ops``, which decides what serves CUDA tensors.
 """
 
 
-def register_scan() -> None:
+def register_scan(dispatch_key: str = "CUDA") -> None:
     """Registers the scan, convolution and norm for CUDA tensors."""
     from bitkernels.triton import causal_conv1d, gated_rms_norm, ssd_scan, ssd_step
 
     for module in (causal_conv1d, gated_rms_norm, ssd_scan, ssd_step):
-        module.register()
+        module.register(dispatch_key)
 
 
-def register_packed() -> None:
+def register_packed(dispatch_key: str = "CUDA") -> None:
     """Registers the packed matmuls for CUDA tensors, where the CUDA library was not built."""
     from bitkernels.triton import pack, packed_linear, quantize_int8, ternary_linear
 
     for module in (pack, packed_linear, quantize_int8, ternary_linear):
-        module.register()
+        module.register(dispatch_key)

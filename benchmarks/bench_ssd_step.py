@@ -1,0 +1,49 @@
+"""One token of the scan against mamba_ssm on a GPU and plain PyTorch on a CPU."""
+
+import peers
+import torch
+from harness import HEADDIM, HEADS, STATE, Absent, Contender, device_of, nbytes, on_copies, verify
+
+import bitkernels
+from bitkernels import reference
+
+
+def pytest_generate_tests(metafunc):
+    cuda = device_of(metafunc.config) == "cuda"
+    metafunc.parametrize("model", HEADS)
+    metafunc.parametrize("B", [1, 8, 128] if cuda else [1, 8])
+
+
+def test_ssd_step(model, B, device, compare):
+    H = HEADS[model]
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    state = torch.randn(B, H, HEADDIM, STATE, device=device)
+    x, dt = torch.randn(B, H, HEADDIM, device=device).to(dtype), torch.randn(B, H, device=device).to(dtype)
+    b, c = (torch.randn(B, 1, STATE, device=device).to(dtype) for _ in range(2))
+    A, D, bias = -torch.rand(H, device=device) - 0.5, torch.randn(H, device=device), torch.rand(H, device=device) - 4
+    y = bitkernels.ssd_step(state.clone(), x, dt, A, b, c, D=D, dt_bias=bias, dt_softplus=True)
+    wide = [t.double() for t in (state, x, dt, A, b, c)]
+    verify(y, reference.ssd_step(*wide, D=D.double(), dt_bias=bias.double(), dt_softplus=True))
+
+    # Bytes: the state read and written, everything else once.
+    size = 2 * nbytes(state) + nbytes(x, dt, b, c, y)
+    keywords = {"D": D, "dt_bias": bias, "dt_softplus": True}
+    ours = Contender("bitkernels", on_copies(bitkernels.ssd_step, state, x, dt, A, b, c, **keywords), size)
+    mamba = peers.mamba_ssm("selective_state_update", device)
+    if isinstance(mamba, str):
+        others = [Absent("mamba_ssm", mamba)]
+    else:
+
+        def update(state, x, dt, A, b, c, D, bias):
+            # The peer takes what belongs to a head once per channel, as views that repeat it.
+            return mamba.selective_state_update(
+                state, x, dt[..., None].expand_as(x), A[:, None, None].expand(H, HEADDIM, STATE), b, c,
+                D[:, None].expand(H, HEADDIM), dt_bias=bias[:, None].expand(H, HEADDIM), dt_softplus=True,
+            )  # fmt: skip
+
+        others = [Contender("mamba_ssm", on_copies(update, state, x, dt, A, b, c, D, bias), size)]
+    if device == "cpu":
+        others.append(Contender("PyTorch", on_copies(reference.ssd_step, state, x, dt, A, b, c, **keywords), size))
+    flops = 6 * state.numel()
+    compare(f"{model}, B={B}", ours, others, flops, shape=[B, H, HEADDIM, STATE], dtype=str(dtype),
+            headline=model == "2.7B")  # fmt: skip

@@ -1,0 +1,62 @@
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import harness
+import pytest
+import results
+import torch
+
+import bitkernels  # noqa: F401
+
+_rows: dict[str, list[dict]] = {}
+_failed: set[str] = set()
+
+
+def pytest_addoption(parser):
+    parser.addoption("--device", choices=["cpu", "cuda"], help="what to time on (default: a GPU where there is one)")
+
+
+@pytest.fixture(scope="session")
+def device(request):
+    return harness.device_of(request.config)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+    yield
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+@pytest.fixture
+def compare(benchmark, device, request):
+    """Times ours against its peers and keeps the row under the name of the benchmark's file."""
+
+    def run(name: str, ours, peers, flops: float, headline: bool = False, **columns):
+        row = {"case": name, **columns, **harness.compare(benchmark, device, ours, peers, flops), "headline": headline}
+        benchmark.extra_info.update(row)
+        _rows.setdefault(_operator(request.node), []).append(row)
+        return row
+
+    return run
+
+
+def _operator(node) -> str:
+    return Path(node.path).stem.removeprefix("bench_")
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item, call):
+    if (yield).get_result().failed:
+        _failed.add(_operator(item))
+
+
+def pytest_sessionfinish(session, exitstatus):
+    # The results of an operator are replaced as a whole, so it is all of its rows or none.
+    for op in _failed & _rows.keys():
+        del _rows[op]
+    if _rows:
+        print(f"\nresults: {results.save(harness.device_of(session.config), _rows)}")

@@ -1,0 +1,181 @@
+"""How everything here is timed.
+
+A contender is timed over copies of its inputs that together exceed the cache several times, so weights come
+from memory, as they do in a model. On a GPU the calls on all copies form one CUDA graph; its replays are timed
+with events. On a CPU they run one after the other. Rounds of the contenders alternate, so that a machine that
+slows down slows all of them.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+# [N, K] of the projections, by model.
+LAYERS = {
+    "780M in_proj": (6448, 1536),
+    "780M out_proj": (1536, 3072),
+    "2.7B in_proj": (10576, 2560),
+    "2.7B out_proj": (2560, 5120),
+    "large": (28672, 8192),
+}
+# Heads of the scan; headdim 64, state 128, one group.
+HEADS = {"780M": 48, "2.7B": 80}
+HEADDIM, STATE = 64, 128
+
+# rms(out - ref) / rms(ref) beyond which a result counts as wrong and is not timed.
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+
+Call = Callable[[], object]
+
+
+@dataclass
+class Contender:
+    """``make`` returns a call on fresh copies of its inputs, which together move ``nbytes``."""
+
+    name: str
+    make: Callable[[], Call]
+    nbytes: int
+
+
+@dataclass
+class Absent:
+    """A peer that cannot be measured here, and why."""
+
+    name: str
+    reason: str
+
+
+def device_of(config) -> str:
+    """What this pytest run times on."""
+    return config.getoption("--device") or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def verify(out: Tensor, ref: Tensor, tolerance: float | None = None) -> None:
+    limit = TOLERANCE[out.dtype] if tolerance is None else tolerance
+    out, ref = out.detach().double(), ref.detach().double()
+    error = ((out - ref).square().mean().sqrt() / ref.square().mean().sqrt()).item()
+    if not error <= limit:
+        raise AssertionError(f"wrong result, not timed: error {error:.3g} above {limit:.3g}")
+
+
+def cache_bytes(device: str) -> int:
+    if device == "cuda":
+        return torch.cuda.get_device_properties(0).L2_cache_size
+    sizes = [p.read_text().strip() for p in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    largest = max((int(s.rstrip("KM")) * (1024 if s.endswith("K") else 2**20) for s in sizes), default=32 * 2**20)
+    # A virtual machine reports the cache of the whole host, of which it has a part.
+    return min(largest, 64 * 2**20)
+
+
+class Rounds:
+    """Times a contender round by round; ``times`` holds the microseconds of one call."""
+
+    def __init__(self, contender: Contender, device: str):
+        copies = max(4, min(512, math.ceil(4 * cache_bytes(device) / contender.nbytes)))
+        if device == "cpu":
+            copies = self._affordable(contender.make(), copies)
+        self.calls = [contender.make() for _ in range(copies)]
+        self.times: list[float] = []
+        self.round = self._cpu_round if device == "cpu" else self._gpu_round
+        if device == "cuda":
+            self._capture()
+
+    @staticmethod
+    def _affordable(call: Call, copies: int) -> int:
+        """A slow call sees few copies: a round is to take about a fifth of a second."""
+        call()
+        begin = time.perf_counter()
+        call()
+        return max(2, min(copies, int(0.2 / (time.perf_counter() - begin))))
+
+    def _capture(self) -> None:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # compiles and tunes whatever compiles and tunes
+            for call in (self.calls[0], self.calls[0], self.calls[-1]):
+                call()
+        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.synchronize()
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            # Outputs are kept, or every call would write the same memory.
+            self.outputs = [call() for call in self.calls]
+        self.begin, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def _gpu_round(self) -> None:
+        self.begin.record()
+        self.graph.replay()
+        self.end.record()
+        self.end.synchronize()
+        self.times.append(1e3 * self.begin.elapsed_time(self.end) / len(self.calls))
+
+    def _cpu_round(self) -> None:
+        begin = time.perf_counter()
+        for call in self.calls:
+            call()
+        self.times.append(1e6 * (time.perf_counter() - begin) / len(self.calls))
+
+    def summary(self) -> dict:
+        times = torch.tensor(self.times, dtype=torch.float64)
+        p20, median, p80 = times.quantile(torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)).tolist()
+        return {"us": round(median, 3), "p20": round(p20, 3), "p80": round(p80, 3)}
+
+
+def compare(benchmark, device: str, ours: Contender, peers: list[Contender | Absent], flops: float) -> dict:
+    """Times ours through pytest-benchmark, the peers between its rounds, and returns a row of results."""
+    mine = Rounds(ours, device)
+    others = {p.name: Rounds(p, device) for p in peers if isinstance(p, Contender)}
+    for rounds in (mine, *others.values()):  # a first round warms up
+        rounds.round()
+        rounds.times.clear()
+
+    def peers_round() -> None:
+        for rounds in others.values():
+            rounds.round()
+
+    benchmark.pedantic(mine.round, setup=peers_round, rounds=20 if device == "cuda" else 5, iterations=1)
+    row = mine.summary()
+    row["GB/s"] = round(ours.nbytes / row["us"] / 1e3, 1)
+    row["TFLOP/s"] = round(flops / row["us"] / 1e6, 3)
+    row["peers"] = {}
+    for peer in peers:
+        if isinstance(peer, Absent):
+            row["peers"][peer.name] = {"absent": peer.reason}
+        else:
+            times = others[peer.name].summary()
+            row["peers"][peer.name] = {**times, "speedup": round(times["us"] / row["us"], 2)}
+    return row
+
+
+def nbytes(*tensors: Tensor | None) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+
+def on_copies(function: Callable, *args, **kwargs) -> Callable[[], Call]:
+    """A ``make`` of a contender: each call of it clones every tensor argument."""
+
+    def make() -> Call:
+        def fresh(a):
+            return a.detach().clone().requires_grad_(a.requires_grad) if isinstance(a, Tensor) else a
+
+        own = [fresh(a) for a in args]
+        own_kwargs = {k: fresh(a) for k, a in kwargs.items()}
+        return lambda: function(*own, **own_kwargs)
+
+    return make
+
+
+def with_gradients(function: Callable) -> Callable:
+    """Forward and backward: the gradients of every argument that takes one, for a fixed output gradient."""
+
+    def both(*args, **kwargs):
+        leaves = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.requires_grad]
+        y = function(*args, **kwargs)
+        return torch.autograd.grad(y, leaves, torch.ones_like(y))
+
+    return both

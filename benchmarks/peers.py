@@ -1,0 +1,54 @@
+"""The peers, where they can be imported; an absent one is recorded as absent."""
+
+import importlib
+import sys
+from types import ModuleType
+
+import torch
+import torch.nn.functional as F
+from harness import Absent, Contender, nbytes, on_copies
+from torch import Tensor
+
+
+def dense_linear(x: Tensor, w: Tensor, y: Tensor, name: str | None = None) -> Contender:
+    """F.linear with the dense weight: cuBLAS on a GPU."""
+    dtype = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[x.dtype]
+    library = "cuBLAS" if x.is_cuda else "F.linear"
+    # Bytes: x and W once, y once.
+    return Contender(name or f"{library} {dtype}", on_copies(F.linear, x, w), nbytes(x, w, y))
+
+
+def _import(name: str) -> ModuleType | str:
+    """The module, or why it cannot be used here."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        return f"{name} cannot be imported: {error}"
+
+
+def gemlite_linear(name: str, bits: int, x: Tensor, codes: Tensor, scale: Tensor, zero: float) -> Contender | Absent:
+    """GemLite's 1- or 2-bit layer of ``scale * (codes - zero)``, one scale per row."""
+    helper = "absent on the CPU" if not x.is_cuda else _import("gemlite.helper")
+    if isinstance(helper, str):
+        return Absent(name, helper)
+    build = {1: helper.A16W1_HQQ_INT, 2: helper.A16W2_HQQ_INT}[bits]
+
+    def make():
+        scales = scale.expand(codes.shape[0], 1).to(x.dtype).contiguous()
+        zeros = torch.full_like(scales, zero)
+        layer = build(device="cuda:0", dtype=x.dtype).from_weights(codes.clone(), scales, zeros)
+        own = x.clone()
+        return lambda: layer(own)
+
+    # Bytes: x once, the codes once, y once.
+    size = codes.numel() * bits // 8 + nbytes(x) + x.numel() // x.shape[-1] * codes.shape[0] * x.element_size()
+    return Contender(name, make, size)
+
+
+def mamba_ssm(module: str, device: str) -> ModuleType | str:
+    """A Triton module of mamba_ssm; its compiled selective scan is not used, so it may be missing."""
+    if device != "cuda":
+        return "mamba_ssm needs a GPU"
+    if isinstance(_import("selective_scan_cuda"), str):
+        sys.modules["selective_scan_cuda"] = ModuleType("selective_scan_cuda")
+    return _import(f"mamba_ssm.ops.triton.{module}")

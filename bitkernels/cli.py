@@ -1,0 +1,301 @@
+"""The command line. Commands import what they need, so that --help answers at once."""
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+# Read when torch loads OpenMP. Threads that spin while they wait make a machine with other work to do many times
+# slower; threads that sleep do not.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+app = typer.Typer(
+    help="1-bit and ternary Mamba-2 language models: train, pack, generate.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+_DEMO_PACKED = Path("runs/demo/packed.safetensors")
+
+
+class Binarize(str, Enum):
+    none = "none"
+    in_proj = "in_proj"
+    all = "all"
+
+
+class WeightFormat(str, Enum):
+    binary = "binary"
+    ternary = "ternary"
+
+
+class Scales(str, Enum):
+    column = "column"
+    row = "row"
+    single = "single"
+
+
+class Dtype(str, Enum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda; auto takes a GPU where there is one.")]
+Text = Annotated[Path | None, typer.Option(help="UTF-8 text, also .xz. Default: the King James Bible, shipped.")]
+Activations = Annotated[Dtype, typer.Option(help="Of embedding and activations.")]
+Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+
+
+@contextlib.contextmanager
+def _clear_errors() -> Iterator[None]:
+    """What a user can put right is one line on stderr and exit status 1."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        _fail(f"{error.filename}: no such file")
+    except (ValueError, OSError, ImportError) as error:
+        _fail(str(error))
+
+
+def _fail(message: str) -> None:
+    typer.echo(f"error: {message}", err=True)
+    raise typer.Exit(1)
+
+
+def _device(name: str):
+    import torch
+
+    from bitkernels.training.run import default_device
+
+    if name == "auto":
+        return default_device()
+    if name not in ("cpu", "cuda"):
+        raise ValueError(f"--device must be auto, cpu or cuda, got {name!r}")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: no CUDA device is available")
+    return torch.device(name)
+
+
+def _load(path: Path, device: str, dtype: Dtype = Dtype.float32):
+    import torch
+
+    from bitkernels.checkpoint import load_checkpoint
+
+    return load_checkpoint(path, _device(device), getattr(torch, dtype.value))
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Where the three models are written.")] = Path("runs/demo"),
+    text: Text = None,
+    device: Device = "auto",
+    seed: Seed = 0,
+    fast: Annotated[bool, typer.Option("--fast", help="A budget of seconds: shows the steps, learns little.")] = False,
+    prompt: Annotated[str, typer.Option(help="What the generated text starts with.")] = "In the beginning",
+) -> None:
+    """Train a teacher, distil a 1-bit student, pack it, and generate from the packed file.
+
+    About 3 minutes on a 2-core CPU, 1 minute on a GPU.
+    """
+    with _clear_errors():
+        from bitkernels.demo import DemoError, run_demo
+
+        try:
+            run_demo(Console(), out, _device(device), text, seed, fast, prompt)
+        except DemoError as error:
+            _fail(str(error))
+
+
+@app.command()
+def train(
+    out: Annotated[Path, typer.Option(help="The checkpoint to write.")] = Path("runs/model.safetensors"),
+    text: Text = None,
+    teacher: Annotated[
+        Path | None, typer.Option(help="Full-precision checkpoint to distil from; gives tokenizer, shape and start.")
+    ] = None,
+    config: Annotated[str, typer.Option(help="Named shape: tiny, demo, 780m, 1.3b, 2.7b.")] = "demo",
+    vocab_size: Annotated[int, typer.Option(help="Of the tokenizer that is trained.")] = 512,
+    binarize: Annotated[
+        Binarize | None, typer.Option(help="Low-bit projections. Default: all with --teacher, none without.")
+    ] = None,
+    weight_format: Annotated[WeightFormat, typer.Option("--format", help="Of the low-bit weights.")] = "binary",
+    scales: Annotated[Scales, typer.Option(help="Axis of the binary scales.")] = "column",
+    steps: Annotated[int, typer.Option(min=1, help="Updates of the weights.")] = 500,
+    seconds: Annotated[float | None, typer.Option(help="Train fewer steps where all would take longer.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Windows in a step.")] = 8,
+    length: Annotated[int, typer.Option(min=1, help="Tokens of a training window.")] = 128,
+    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 4e-3,
+    autocast: Annotated[bool, typer.Option(help="bf16 activations; latent weights stay fp32.")] = False,
+    device: Device = "auto",
+    seed: Seed = 0,
+) -> None:
+    """Train a model: a full-precision teacher, or with --teacher a low-bit student by distillation.
+
+    One document in twenty is held out for the perplexity that is shown.
+    """
+    with _clear_errors():
+        import torch
+
+        from bitkernels.checkpoint import load_checkpoint, save_checkpoint
+        from bitkernels.data import read_text, shipped_text
+        from bitkernels.models import CONFIGS, BiMambaForCausalLM
+        from bitkernels.training import TrainConfig, perplexity
+        from bitkernels.training.run import fit, prepare, student_of
+
+        where, console = _device(device), Console()
+        if config not in CONFIGS:
+            raise ValueError(f"--config must be one of {', '.join(CONFIGS)}, got {config!r}")
+        source = load_checkpoint(teacher, where) if teacher else None
+        if source and source.tokenizer is None:
+            raise ValueError(f"{teacher}: a teacher needs its tokenizer in the checkpoint")
+        corpus = prepare(
+            shipped_text() if text is None else read_text(text), source and source.tokenizer, vocab_size=vocab_size
+        )
+        low_bit = binarize.value if binarize else ("all" if teacher else "none")
+        torch.manual_seed(seed)
+        if source and low_bit != "none":
+            model = student_of(source.model, low_bit, weight_format.value, scales.value)
+        else:
+            shape = source.model.config if source else CONFIGS[config]
+            changes = {"binarize": low_bit, "weight_format": weight_format.value, "scales": scales.value}
+            vocabulary = corpus.tokenizer.get_vocab_size()
+            model = BiMambaForCausalLM(shape.replace(vocab_size=vocabulary, **changes)).to(where)
+        plan = TrainConfig(steps, batch_size, length, lr, seed=seed, autocast=torch.bfloat16 if autocast else None)
+        fit(model, corpus, plan, console, "Training", seconds, source and source.model)
+        save_checkpoint(out, model, corpus.tokenizer)
+        console.print(f"Wrote {out}; held-out perplexity {perplexity(model, corpus.held_out, length):.4f}.")
+
+
+@app.command()
+def pack(
+    file: Annotated[Path, typer.Argument(help="A trained checkpoint with low-bit layers.")],
+    out: Annotated[Path | None, typer.Option(help="Default: FILE with .packed before its ending.")] = None,
+    embedding_dtype: Annotated[Dtype, typer.Option(help="What embedding and head are stored in.")] = Dtype.bfloat16,
+) -> None:
+    """Pack a trained checkpoint's low-bit layers to 1 or 2 bits a weight."""
+    with _clear_errors():
+        import torch
+
+        from bitkernels.checkpoint import save_checkpoint
+        from bitkernels.nn import pack_, packed_zeros
+
+        checkpoint = _load(file, "cpu")
+        if checkpoint.packed:
+            raise ValueError(f"{file}: is packed already")
+        if checkpoint.model.config.binarize == "none":
+            raise ValueError(f"{file}: is a full-precision model; train one with low-bit layers to pack it")
+        pack_(checkpoint.model)
+        out = out or file.with_name(f"{file.stem}.packed{file.suffix}")
+        save_checkpoint(out, checkpoint.model, checkpoint.tokenizer, getattr(torch, embedding_dtype.value))
+        before, after = file.stat().st_size, out.stat().st_size
+        typer.echo(
+            f"Wrote {out}: {after / 1e6:.2f} MB from {before / 1e6:.2f} MB; "
+            f"{packed_zeros(checkpoint.model)} exact zeros became +1."
+        )
+
+
+@app.command()
+def generate(
+    file: Annotated[Path, typer.Argument(help="A checkpoint, packed or not.")] = _DEMO_PACKED,
+    prompt: Annotated[str, typer.Option(help="What the text starts with.")] = "In the beginning",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 200,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.7,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Draw from the k likeliest tokens.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Draw from the likeliest that together reach p.")] = 0.9,
+    seed: Annotated[int | None, typer.Option(help="The same seed gives the same text.")] = None,
+    dtype: Activations = Dtype.float32,
+    device: Device = "auto",
+) -> None:
+    """Generate text from a checkpoint, as it comes."""
+    with _clear_errors():
+        from bitkernels.inference.text import stream_text
+
+        checkpoint = _load(file, device, dtype)
+        options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+        for piece in stream_text(checkpoint, prompt, max_new_tokens, **options):
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+        sys.stdout.write("\n")
+
+
+@app.command("eval")
+def evaluate(
+    file: Annotated[Path, typer.Argument(help="A checkpoint, packed or not.")] = _DEMO_PACKED,
+    text: Annotated[Path | None, typer.Option(help="Default: the held-out part of the shipped text.")] = None,
+    tokens: Annotated[int | None, typer.Option(min=1, help="Read only so many tokens.")] = None,
+    length: Annotated[int, typer.Option(min=1, help="Tokens of a window.")] = 128,
+    dtype: Activations = Dtype.float32,
+    device: Device = "auto",
+) -> None:
+    """Perplexity and bits per byte of a checkpoint on held-out text."""
+    with _clear_errors():
+        import math
+
+        from bitkernels.data import encode, read_text, shipped_text, split_text
+        from bitkernels.training import perplexity
+
+        checkpoint = _load(file, device, dtype)
+        if checkpoint.tokenizer is None:
+            raise ValueError(f"{file}: holds no tokenizer")
+        held_out = read_text(text) if text else split_text(shipped_text())[1]
+        ids = encode(checkpoint.tokenizer, held_out)[: None if tokens is None else tokens + 1]
+        result = perplexity(checkpoint.model, ids, length)
+        read = len(checkpoint.tokenizer.decode(ids[1:].tolist()).encode())
+        bits = math.log2(result) * (len(ids) - 1) / read
+        typer.echo(f"{file}: perplexity {result:.4f} over {len(ids) - 1} tokens, {bits:.4f} bits per byte")
+
+
+@app.command()
+def info(
+    file: Annotated[Path | None, typer.Argument(help="A checkpoint to describe, from its header alone.")] = None,
+) -> None:
+    """What was built, and with FILE what is in a checkpoint."""
+    with _clear_errors():
+        from bitkernels import build_info
+
+        contents = {} if file is None else _contents(file)
+        console = Console()
+        _print_pairs(console, build_info())
+        if contents:
+            console.print()
+            _print_pairs(console, contents)
+
+
+def _contents(file: Path) -> dict[str, str]:
+    from bitkernels.checkpoint import read_header, read_metadata
+
+    metadata = read_metadata(file)
+    tensors = {name: entry for name, entry in read_header(file).items() if name != "__metadata__"}
+    by_dtype: dict[str, tuple[int, int]] = {}
+    for entry in tensors.values():
+        count, size = by_dtype.get(entry["dtype"], (0, 0))
+        begin, end = entry["data_offsets"]
+        by_dtype[entry["dtype"]] = count + 1, size + end - begin
+    contents = ", ".join(f"{count} {dtype} ({size:,} bytes)" for dtype, (count, size) in sorted(by_dtype.items()))
+    return {
+        "file": f"{file} ({file.stat().st_size:,} bytes)",
+        "kind": f"{metadata['kind']}, format version {metadata['format_version']}",
+        "tensors": contents,
+        "tokenizer": f"{len(metadata['tokenizer']):,} bytes of JSON" if "tokenizer" in metadata else "none",
+        **{f"config.{name}": str(value) for name, value in metadata["config"].items()},
+    }
+
+
+def _print_pairs(console: Console, pairs: dict[str, str]) -> None:
+    table = Table(show_header=False, box=None)
+    for name, value in pairs.items():
+        table.add_row(name, str(value))
+    console.print(table)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,5 @@
+"""Generation of text."""
+
+from bitkernels.inference.generate import generate, sample, stream
+
+__all__ = ["generate", "sample", "stream"]

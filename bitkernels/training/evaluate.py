@@ -1,0 +1,35 @@
+"""Held-out perplexity."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from bitkernels.models import BiMambaForCausalLM
+from bitkernels.training.losses import next_token_loss
+
+
+@torch.no_grad()
+def perplexity(model: BiMambaForCausalLM, tokens: Tensor, length: int = 256, batch_size: int = 16) -> float:
+    """``exp`` of the mean next-token loss over ``tokens`` [T], each of which but the first is predicted once.
+
+    The text is read in windows of ``length`` predictions, each starting from an empty state.
+    """
+    if tokens.numel() < 2:
+        raise ValueError(f"perplexity: at least two tokens are needed, got {tokens.numel()}")
+    training = model.training
+    model.eval()
+    predictions = tokens.numel() - 1
+    whole = predictions // length
+    windows = []
+    if whole:
+        windows += tokens[: whole * length + 1].unfold(0, length + 1, length).split(batch_size)
+    if whole * length < predictions:
+        windows.append(tokens[whole * length :].unsqueeze(0))
+    total = 0.0
+    for window in windows:
+        window = window.to(model.device)
+        targets = window[:, 1:]
+        total += float(next_token_loss(model(window[:, :-1]), targets)) * targets.numel()
+    model.train(training)
+    return math.exp(total / predictions)

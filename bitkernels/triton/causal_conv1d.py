@@ -1,0 +1,322 @@
+"""Depthwise causal convolution over time, channels last.
+
+A program takes a tile of tokens and channels and reads it once per tap; the repeated reads are of the same cache lines.
+The backward recomputes the convolution where SiLU needs it, at the tokens of the tile and at those its taps reach.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from bitkernels.triton import arguments
+from bitkernels.triton.elementwise import silu, silu_gradient
+
+BLOCK_T = 32
+BLOCK_C = 128
+
+
+@triton.jit
+def load_tap(
+    p_x, p_initial, p_seq_idx, o_t, o_c, m_c, BACK: tl.constexpr, T, stride_x_t, stride_x_c, stride_i_w, stride_i_c,
+    stride_seq_t, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """[BLOCK_T, BLOCK_C] the input BACK tokens before each of o_t, zero where there is none."""
+    o_s = o_t - BACK
+    m_s = (o_s >= 0) & (o_t < T)
+    m_h = (o_s < 0) & (o_s > -WIDTH) & (o_t >= 0) & (o_t < T)
+    if p_seq_idx is not None:
+        here = tl.load(p_seq_idx + o_t * stride_seq_t, mask=(o_t >= 0) & (o_t < T), other=0)
+        # History before t = 0 belongs to the sequence at t = 0.
+        there = tl.load(p_seq_idx + tl.maximum(o_s, 0) * stride_seq_t, mask=m_s | m_h, other=0)
+        m_s = m_s & (here == there)
+        m_h = m_h & (here == there)
+    tap = tl.load(
+        p_x + o_s[:, None] * stride_x_t + o_c[None, :] * stride_x_c, mask=m_s[:, None] & m_c[None, :], other=0.0
+    ).to(tl.float32)
+    if p_initial is not None:
+        o_w = o_s + WIDTH - 1
+        tap += tl.load(
+            p_initial + o_w[:, None] * stride_i_w + o_c[None, :] * stride_i_c,
+            mask=m_h[:, None] & m_c[None, :],
+            other=0.0,
+        ).to(tl.float32)
+    return tap
+
+
+@triton.jit
+def load_weight(p_weight, o_c, m_c, BACK: tl.constexpr, stride_w_c, stride_w_w, WIDTH: tl.constexpr):
+    """[1, BLOCK_C] the weight of the input BACK tokens before."""
+    weight = tl.load(p_weight + o_c * stride_w_c + (WIDTH - 1 - BACK) * stride_w_w, mask=m_c, other=0.0)
+    return weight.to(tl.float32)[None, :]
+
+
+@triton.jit
+def convolve(
+    p_x, p_weight, p_bias, p_initial, p_seq_idx, o_t, o_c, m_c, T, stride_x_t, stride_x_c, stride_w_c, stride_w_w,
+    stride_bias_c, stride_i_w, stride_i_c, stride_seq_t, WIDTH: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """[BLOCK_T, BLOCK_C] the convolution before its activation."""
+    y = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
+    for back in tl.static_range(0, WIDTH):
+        tap = load_tap(
+            p_x, p_initial, p_seq_idx, o_t, o_c, m_c, back, T, stride_x_t, stride_x_c, stride_i_w, stride_i_c,
+            stride_seq_t, WIDTH,
+        )  # fmt: skip
+        y += tap * load_weight(p_weight, o_c, m_c, back, stride_w_c, stride_w_w, WIDTH)
+    if p_bias is not None:
+        y += tl.load(p_bias + o_c * stride_bias_c, mask=m_c, other=0.0).to(tl.float32)[None, :]
+    return y
+
+
+@triton.jit(do_not_specialize=["T"])
+def causal_conv1d_kernel(
+    p_x,  # [B, T, C]
+    p_weight,  # [C, WIDTH]
+    p_bias,  # [C] or None
+    p_initial,  # [B, WIDTH - 1, C] or None
+    p_seq_idx,  # [B, T] or None
+    p_y,  # [B, T, C] contiguous
+    T,
+    C,
+    stride_x_b,
+    stride_x_t,
+    stride_x_c,
+    stride_w_c,
+    stride_w_w,
+    stride_bias_c,
+    stride_i_b,
+    stride_i_w,
+    stride_i_c,
+    stride_seq_b,
+    stride_seq_t,
+    WIDTH: tl.constexpr,
+    SILU: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    i_b = tl.program_id(2).to(tl.int64)
+    o_t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    m_c = o_c < C
+    if p_initial is not None:
+        p_initial += i_b * stride_i_b
+    if p_seq_idx is not None:
+        p_seq_idx += i_b * stride_seq_b
+    y = convolve(
+        p_x + i_b * stride_x_b, p_weight, p_bias, p_initial, p_seq_idx, o_t, o_c, m_c, T, stride_x_t, stride_x_c,
+        stride_w_c, stride_w_w, stride_bias_c, stride_i_w, stride_i_c, stride_seq_t, WIDTH, BLOCK_T, BLOCK_C,
+    )  # fmt: skip
+    if SILU:
+        y = silu(y)
+    o_y = (i_b * T + o_t)[:, None] * C + o_c[None, :]
+    tl.store(p_y + o_y, y.to(p_y.dtype.element_ty), mask=(o_t < T)[:, None] & m_c[None, :])
+
+
+@triton.jit(do_not_specialize=["T"])
+def causal_conv1d_backward_kernel(
+    p_dy,  # [B, T, C]
+    p_x,  # [B, T, C]
+    p_weight,  # [C, WIDTH]
+    p_bias,  # [C] or None
+    p_initial,  # [B, WIDTH - 1, C] or None
+    p_seq_idx,  # [B, T] or None
+    p_dx,  # [B, T, C] contiguous
+    p_dweight,  # [B * time tiles, WIDTH, C] float32
+    p_dbias,  # [B * time tiles, C] float32, or None
+    p_dinitial,  # [B, WIDTH - 1, C] contiguous, or None
+    T,
+    C,
+    stride_dy_b,
+    stride_dy_t,
+    stride_dy_c,
+    stride_x_b,
+    stride_x_t,
+    stride_x_c,
+    stride_w_c,
+    stride_w_w,
+    stride_bias_c,
+    stride_i_b,
+    stride_i_w,
+    stride_i_c,
+    stride_seq_b,
+    stride_seq_t,
+    WIDTH: tl.constexpr,
+    SILU: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    i_b = tl.program_id(2).to(tl.int64)
+    i_row = i_b * tl.num_programs(0) + tl.program_id(0)
+    o_t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    m_c = o_c < C
+    p_dy += i_b * stride_dy_b
+    p_x += i_b * stride_x_b
+    if p_initial is not None:
+        p_initial += i_b * stride_i_b
+        o_t -= WIDTH - 1  # the tiles begin with the history, whose gradients are computed like those of x
+    if p_seq_idx is not None:
+        p_seq_idx += i_b * stride_seq_b
+
+    dx = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
+    for ahead in tl.static_range(0, WIDTH):
+        o_r = o_t + ahead  # the output that reads this input as its tap `ahead` back
+        m_r = (o_r >= 0) & (o_r < T)
+        dy = tl.load(
+            p_dy + o_r[:, None] * stride_dy_t + o_c[None, :] * stride_dy_c,
+            mask=m_r[:, None] & m_c[None, :],
+            other=0.0,
+        ).to(tl.float32)
+        if SILU:
+            dy *= silu_gradient(
+                convolve(
+                    p_x, p_weight, p_bias, p_initial, p_seq_idx, o_r, o_c, m_c, T, stride_x_t, stride_x_c, stride_w_c,
+                    stride_w_w, stride_bias_c, stride_i_w, stride_i_c, stride_seq_t, WIDTH, BLOCK_T, BLOCK_C,
+                )
+            )  # fmt: skip
+        if ahead == 0:
+            for back in tl.static_range(0, WIDTH):
+                tap = load_tap(
+                    p_x, p_initial, p_seq_idx, o_t, o_c, m_c, back, T, stride_x_t, stride_x_c, stride_i_w, stride_i_c,
+                    stride_seq_t, WIDTH,
+                )  # fmt: skip
+                o_part = (i_row * WIDTH + WIDTH - 1 - back) * C + o_c
+                tl.store(p_dweight + o_part, tl.sum(dy * tap, 0), mask=m_c)
+            if p_dbias is not None:
+                tl.store(p_dbias + i_row * C + o_c, tl.sum(dy, 0), mask=m_c)
+        if p_seq_idx is not None:
+            here = tl.load(p_seq_idx + tl.maximum(o_t, 0) * stride_seq_t, mask=o_t < T, other=0)
+            there = tl.load(p_seq_idx + o_r * stride_seq_t, mask=m_r, other=0)
+            dy = tl.where((here == there)[:, None], dy, 0.0)
+        dx += dy * load_weight(p_weight, o_c, m_c, ahead, stride_w_c, stride_w_w, WIDTH)
+
+    o_x = (i_b * T + o_t)[:, None] * C + o_c[None, :]
+    tl.store(p_dx + o_x, dx.to(p_dx.dtype.element_ty), mask=((o_t >= 0) & (o_t < T))[:, None] & m_c[None, :])
+    if p_dinitial is not None:
+        o_h = (i_b * (WIDTH - 1) + o_t + WIDTH - 1)[:, None] * C + o_c[None, :]
+        tl.store(p_dinitial + o_h, dx.to(p_dinitial.dtype.element_ty), mask=(o_t < 0)[:, None] & m_c[None, :])
+
+
+@triton.jit
+def causal_conv1d_step_kernel(
+    p_state,  # [B, WIDTH - 1, C], shifted
+    p_x,  # [B, C]
+    p_weight,  # [C, WIDTH]
+    p_bias,  # [C] or None
+    p_y,  # [B, C] contiguous
+    C,
+    stride_s_b,
+    stride_s_w,
+    stride_s_c,
+    stride_x_b,
+    stride_x_c,
+    stride_w_c,
+    stride_w_w,
+    stride_bias_c,
+    WIDTH: tl.constexpr,
+    SILU: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    i_b = tl.program_id(0).to(tl.int64)
+    o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    m_c = o_c < C
+    p_state += i_b * stride_s_b + o_c * stride_s_c
+    p_weight += o_c * stride_w_c
+    x = tl.load(p_x + i_b * stride_x_b + o_c * stride_x_c, mask=m_c, other=0.0)
+    y = x.to(tl.float32) * tl.load(p_weight + (WIDTH - 1) * stride_w_w, mask=m_c, other=0.0).to(tl.float32)
+    if p_bias is not None:
+        y += tl.load(p_bias + o_c * stride_bias_c, mask=m_c, other=0.0).to(tl.float32)
+    for w in tl.static_range(0, WIDTH - 1):
+        tap = tl.load(p_state + w * stride_s_w, mask=m_c, other=0.0)
+        y += tap.to(tl.float32) * tl.load(p_weight + w * stride_w_w, mask=m_c, other=0.0).to(tl.float32)
+        if w > 0:
+            tl.store(p_state + (w - 1) * stride_s_w, tap, mask=m_c)
+    if WIDTH > 1:
+        tl.store(p_state + (WIDTH - 2) * stride_s_w, x.to(p_state.dtype.element_ty), mask=m_c)
+    if SILU:
+        y = silu(y)
+    tl.store(p_y + i_b * C + o_c, y.to(p_y.dtype.element_ty), mask=m_c)
+
+
+def _shared_strides(weight: Tensor, bias: Tensor | None, initial: Tensor | None, seq_idx: Tensor | None) -> tuple:
+    return (
+        *weight.stride(),
+        0 if bias is None else bias.stride(0),
+        *((0, 0, 0) if initial is None else initial.stride()),
+        *((0, 0) if seq_idx is None else seq_idx.stride()),
+    )
+
+
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    silu: bool = True,
+) -> Tensor:
+    """``bitkernels::causal_conv1d``."""
+    batch, T, C = x.shape
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if x.numel() == 0:
+        return y
+    causal_conv1d_kernel[(triton.cdiv(T, BLOCK_T), triton.cdiv(C, BLOCK_C), batch)](
+        x, weight, bias, initial_state, seq_idx, y, T, C,
+        *x.stride(), *_shared_strides(weight, bias, initial_state, seq_idx),
+        WIDTH=weight.shape[1], SILU=silu, BLOCK_T=BLOCK_T, BLOCK_C=BLOCK_C, num_warps=4,
+    )  # fmt: skip
+    return y
+
+
+def causal_conv1d_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    silu: bool = True,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``bitkernels::causal_conv1d_backward``."""
+    batch, T, C = x.shape
+    width = weight.shape[1]
+    fresh = {"dtype": torch.float32, "device": x.device}
+    absent = torch.empty(0, **fresh)
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    dinitial = absent
+    if initial_state is not None:
+        dinitial = torch.empty(initial_state.shape, dtype=x.dtype, device=x.device)
+    if x.numel() == 0:
+        dbias = absent if bias is None else torch.zeros(C, **fresh)
+        return dx, torch.zeros(C, width, **fresh), dbias, dinitial.zero_()
+    tiles = triton.cdiv(T + (0 if initial_state is None else width - 1), BLOCK_T)
+    dweight = torch.empty(batch * tiles, width, C, **fresh)
+    dbias = None if bias is None else torch.empty(batch * tiles, C, **fresh)
+    causal_conv1d_backward_kernel[(tiles, triton.cdiv(C, BLOCK_C), batch)](
+        dy, x, weight, bias, initial_state, seq_idx, dx, dweight, dbias, None if initial_state is None else dinitial,
+        T, C, *dy.stride(), *x.stride(), *_shared_strides(weight, bias, initial_state, seq_idx),
+        WIDTH=width, SILU=silu, BLOCK_T=BLOCK_T, BLOCK_C=BLOCK_C, num_warps=4,
+    )  # fmt: skip
+    return dx, dweight.sum(0).T.contiguous(), absent if dbias is None else dbias.sum(0), dinitial
+
+
+def causal_conv1d_step(
+    conv_state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None, silu: bool = True
+) -> Tensor:
+    """``bitkernels::causal_conv1d_step``."""
+    batch, C = x.shape
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if x.numel() == 0:
+        return y
+    causal_conv1d_step_kernel[(batch, triton.cdiv(C, BLOCK_C))](
+        conv_state, x, weight, bias, y, C,
+        *conv_state.stride(), *x.stride(), *weight.stride(), 0 if bias is None else bias.stride(0),
+        WIDTH=weight.shape[1], SILU=silu, BLOCK_C=BLOCK_C, num_warps=4,
+    )  # fmt: skip
+    return y
+
+
+def register(dispatch_key: str = "CUDA") -> None:
+    arguments.register(dispatch_key, causal_conv1d, causal_conv1d_backward, causal_conv1d_step)

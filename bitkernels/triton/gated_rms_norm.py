@@ -1,0 +1,138 @@
+"""``RMSNorm(x * silu(z)) * weight``, a group of a row in one program's registers."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from bitkernels.triton import arguments
+from bitkernels.triton.elementwise import silu, silu_gradient
+
+# Strips of rows in the backward; each adds up its part of the weight's gradient.
+STRIPS = 512
+
+
+@triton.jit
+def load_row(p_row, o_e, m_e, stride_e):
+    return tl.load(p_row + o_e * stride_e, mask=m_e, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def gated_rms_norm_kernel(
+    p_x,  # [rows, D]
+    p_z,  # [rows, D]
+    p_weight,  # [D]
+    p_y,  # [rows, D] contiguous
+    D,
+    stride_x_m,
+    stride_x_d,
+    stride_z_m,
+    stride_z_d,
+    stride_w_d,
+    eps,
+    GROUP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    i_m = tl.program_id(0).to(tl.int64)
+    o_e = tl.arange(0, BLOCK)
+    m_e = o_e < GROUP
+    o_d = tl.program_id(1) * GROUP + o_e
+    g = load_row(p_x + i_m * stride_x_m, o_d, m_e, stride_x_d)
+    g *= silu(load_row(p_z + i_m * stride_z_m, o_d, m_e, stride_z_d))
+    y = g / tl.sqrt(tl.sum(g * g, 0) / GROUP + eps)
+    y *= load_row(p_weight, o_d, m_e, stride_w_d)
+    tl.store(p_y + i_m * D + o_d, y.to(p_y.dtype.element_ty), mask=m_e)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def gated_rms_norm_backward_kernel(
+    p_dy,  # [rows, D]
+    p_x,  # [rows, D]
+    p_z,  # [rows, D]
+    p_weight,  # [D]
+    p_dx,  # [rows, D] contiguous
+    p_dz,  # [rows, D] contiguous
+    p_dweight,  # [strips, D] float32
+    rows,
+    D,
+    stride_dy_m,
+    stride_dy_d,
+    stride_x_m,
+    stride_x_d,
+    stride_z_m,
+    stride_z_d,
+    stride_w_d,
+    eps,
+    GROUP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    i_strip = tl.program_id(0).to(tl.int64)
+    o_e = tl.arange(0, BLOCK)
+    m_e = o_e < GROUP
+    o_d = tl.program_id(1) * GROUP + o_e
+    weight = load_row(p_weight, o_d, m_e, stride_w_d)
+    dweight = tl.zeros([BLOCK], tl.float32)
+    for i_m in range(i_strip, rows, tl.num_programs(0)):
+        dy = load_row(p_dy + i_m * stride_dy_m, o_d, m_e, stride_dy_d)
+        x = load_row(p_x + i_m * stride_x_m, o_d, m_e, stride_x_d)
+        z = load_row(p_z + i_m * stride_z_m, o_d, m_e, stride_z_d)
+        gate = silu(z)
+        g = x * gate
+        inverse = 1.0 / tl.sqrt(tl.sum(g * g, 0) / GROUP + eps)
+        normed = g * inverse
+        dweight += dy * normed
+        dnormed = dy * weight
+        dg = (dnormed - normed * (tl.sum(dnormed * normed, 0) / GROUP)) * inverse
+        tl.store(p_dx + i_m * D + o_d, (dg * gate).to(p_dx.dtype.element_ty), mask=m_e)
+        tl.store(p_dz + i_m * D + o_d, (dg * x * silu_gradient(z)).to(p_dz.dtype.element_ty), mask=m_e)
+    tl.store(p_dweight + i_strip * D + o_d, dweight, mask=m_e)
+
+
+def _launch(width: int, group_size: int | None) -> tuple[int, dict]:
+    """Groups of a row, and the block and warps that hold one."""
+    group = group_size or width
+    block = triton.next_power_of_2(group)
+    return width // group, {"GROUP": group, "BLOCK": block, "num_warps": min(16, max(1, block // 512))}
+
+
+def _rows(t: Tensor) -> Tensor:
+    """[rows, D]: a view unless the leading dimensions have no common stride."""
+    return t.reshape(-1, t.shape[-1])
+
+
+def gated_rms_norm(x: Tensor, z: Tensor, weight: Tensor, eps: float = 1e-5, group_size: int | None = None) -> Tensor:
+    """``bitkernels::gated_rms_norm``."""
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if x.numel() == 0:
+        return y
+    D = x.shape[-1]
+    groups, options = _launch(D, group_size)
+    x, z = _rows(x), _rows(z)
+    gated_rms_norm_kernel[(x.shape[0], groups)](
+        x, z, weight, y, D, *x.stride(), *z.stride(), *weight.stride(), eps, **options
+    )
+    return y
+
+
+def gated_rms_norm_backward(
+    dy: Tensor, x: Tensor, z: Tensor, weight: Tensor, eps: float = 1e-5, group_size: int | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``bitkernels::gated_rms_norm_backward``."""
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    dz = torch.empty_like(dx)
+    D = x.shape[-1]
+    if x.numel() == 0:
+        return dx, dz, torch.zeros(D, dtype=torch.float32, device=x.device)
+    groups, options = _launch(D, group_size)
+    dy, x, z = _rows(dy), _rows(x), _rows(z)
+    rows = x.shape[0]
+    dweight = torch.empty(min(rows, STRIPS), D, dtype=torch.float32, device=x.device)
+    gated_rms_norm_backward_kernel[(dweight.shape[0], groups)](
+        dy, x, z, weight, dx, dz, dweight, rows, D,
+        *dy.stride(), *x.stride(), *z.stride(), *weight.stride(), eps, **options,
+    )  # fmt: skip
+    return dx, dz, dweight.sum(0)
+
+
+def register(dispatch_key: str = "CUDA") -> None:
+    arguments.register(dispatch_key, gated_rms_norm, gated_rms_norm_backward)

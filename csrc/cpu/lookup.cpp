@@ -1,0 +1,262 @@
+// The driver of the lookup matmul, its portable kernels, and the choice among instruction sets.
+#include "lookup.h"
+
+#include <algorithm>
+#include <type_traits>
+
+#include "buffer.h"
+#include "cpu_features.h"
+#include "element.h"
+#include "panel.h"
+
+namespace bitkernels::cpu {
+namespace {
+
+constexpr int64_t kMaxBlockTokens = 16;
+constexpr int64_t kLanes = 16;           // partial sums of a reduction the compiler may keep in vectors
+constexpr int64_t kGrainProducts = 1 << 17;  // products worth a thread
+
+template <typename T, typename X>
+T scaled_row(const X* x, const LookupMatmul<T>& a, T* out) {
+  T sums[kLanes] = {};
+  int64_t k = 0;
+  for (; k + kLanes <= a.K; k += kLanes) {
+    for (int64_t i = 0; i < kLanes; ++i) {
+      const T v = to_float(x[k + i]);
+      out[k + i] = a.in_scale[k + i] * v;
+      sums[i] += a.in_shift[k + i] * v;
+    }
+  }
+  for (int64_t i = 0; k < a.K; ++k, ++i) {
+    const T v = to_float(x[k]);
+    out[k] = a.in_scale[k] * v;
+    sums[i] += a.in_shift[k] * v;
+  }
+  T sum = 0;
+  for (T s : sums) sum += s;
+  return sum;
+}
+
+// What one thread needs: the tables of a block of tokens, and a panel with its dot products.
+template <typename T>
+class Worker {
+ public:
+  Worker(const LookupMatmul<T>& a, const LookupKernels<T>& kernels)
+      : a_(a),
+        kernels_(kernels),
+        transpose_(panel_transpose()),
+        words_(ceil_div(a.K, per_word(a.format))),
+        block_(std::min(lookup_block_tokens(a.format, a.K), a.M)),
+        panels_(ceil_div(a.N, kPanelRows)),
+        row_(words_ * per_word(a.format)),
+        tables_(block_ * words_ * kernels.table_width),
+        panel_(words_ * kPanelRows),
+        dots_(block_ * kPanelRows) {}
+
+  void operator()(int64_t begin, int64_t end) {
+    int64_t tabulated = -1;
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t block = task / panels_;
+      if (block != tabulated) tabulate(block);
+      tabulated = block;
+      multiply(block, task % panels_ * kPanelRows);
+    }
+  }
+
+ private:
+  int64_t tokens_of(int64_t block) const { return std::min(block_, a_.M - block * block_); }
+
+  void tabulate(int64_t block) {
+    std::fill(row_.data + a_.K, row_.data + words_ * per_word(a_.format), T(0));
+    for (int64_t t = 0; t < tokens_of(block); ++t) {
+      const int64_t m = block * block_ + t;
+      visit(a_.dtype, [&](auto element) {
+        sums_[t] = scaled_row(static_cast<const decltype(element)*>(a_.x) + m * a_.K, a_, row_.data);
+      });
+      kernels_.tabulate(row_.data, words_, tables_.data + t * words_ * kernels_.table_width);
+    }
+  }
+
+  void multiply(int64_t block, int64_t n0) {
+    load_panel(transpose_, a_.w, a_.N, words_, n0, panel_.data);
+    const uint32_t* next = a_.w + (n0 + 2 * kPanelRows <= a_.N ? n0 + kPanelRows : 0) * words_;
+    const int64_t stride = words_ * kernels_.table_width;
+    const int64_t tokens = tokens_of(block);
+    for (int64_t t = 0; t < tokens; t += kernels_.block_tokens) {
+      const int count = static_cast<int>(std::min<int64_t>(kernels_.block_tokens, tokens - t));
+      kernels_.accumulate(panel_.data, words_, tables_.data + t * stride, stride, count, dots_.data + t * kPanelRows, next);
+    }
+    const int64_t columns = std::min<int64_t>(kPanelRows, a_.N - n0);
+    visit(a_.dtype, [&](auto element) {
+      using X = decltype(element);
+      const int64_t m0 = block * block_;
+      store(static_cast<X*>(a_.y) + m0 * a_.N + n0, n0, tokens, columns);
+      if (a_.left) {
+        reduce(static_cast<const X*>(a_.left) + m0 * a_.N + n0, block * a_.N + n0, tokens, columns);
+      }
+    });
+  }
+
+  template <typename X>
+  void store(X* y, int64_t n0, int64_t tokens, int64_t columns) {
+    for (int64_t t = 0; t < tokens; ++t) {
+      const T* dots = dots_.data + t * kPanelRows;
+      for (int64_t i = 0; i < columns; ++i) {
+        T v = a_.out_scale[n0 + i] * dots[i] + a_.out_shift[n0 + i] * sums_[t];
+        if (a_.bias) v += a_.bias[n0 + i];
+        from_float(v, y[t * a_.N + i]);
+      }
+    }
+  }
+
+  template <typename X>
+  void reduce(const X* left, int64_t out, int64_t tokens, int64_t columns) {
+    T by_dots[kPanelRows] = {}, by_sums[kPanelRows] = {};
+    for (int64_t t = 0; t < tokens; ++t) {
+      const T* dots = dots_.data + t * kPanelRows;
+      for (int64_t i = 0; i < columns; ++i) {
+        const T v = to_float(left[t * a_.N + i]);
+        by_dots[i] += v * dots[i];
+        by_sums[i] += v * sums_[t];
+      }
+    }
+    std::copy_n(by_dots, columns, a_.left_dots + out);
+    std::copy_n(by_sums, columns, a_.left_sums + out);
+  }
+
+  const LookupMatmul<T>& a_;
+  const LookupKernels<T>& kernels_;
+  const PanelTranspose transpose_;
+  const int64_t words_, block_, panels_;
+  Buffer<T> row_, tables_;
+  Buffer<uint32_t> panel_;
+  Buffer<T> dots_;
+  T sums_[kMaxBlockTokens];
+};
+
+// Portable kernels: groups of 4 bits, 8 sums in flight.
+constexpr int kRowBlock = 8;
+constexpr int kGroupBits = 4;
+constexpr int kGroups = 32 / kGroupBits;
+constexpr int kEntries = 1 << kGroupBits;
+
+// Both formats tabulate a group as two halves of two bits each.
+template <Format kFormat, typename T>
+void tabulate(const T* x, int64_t words, T* tables) {
+  for (int64_t group = 0; group < words * kGroups; ++group) {
+    T low[4], high[4];
+    for (int i = 0; i < 4; ++i) {
+      if constexpr (kFormat == Format::kSign) {
+        const T s0 = i & 1 ? 1 : -1, s1 = i & 2 ? 1 : -1;
+        low[i] = s0 * x[0] + s1 * x[1];
+        high[i] = s0 * x[2] + s1 * x[3];
+      } else {
+        low[i] = T(i - 1) * x[0];
+        high[i] = T(i - 1) * x[1];
+      }
+    }
+    for (int i = 0; i < kEntries; ++i) tables[i] = low[i & 3] + high[i >> 2];
+    x += kFormat == Format::kSign ? 4 : 2;
+    tables += kEntries;
+  }
+}
+
+template <typename T>
+void accumulate(const uint32_t* panel, int64_t words, const T* tables, int64_t, int, T* dots, const uint32_t*) {
+  for (int row = 0; row < kPanelRows; row += kRowBlock) {
+    T sums[kRowBlock] = {};
+    for (int64_t i = 0; i < words; ++i) {
+      const T* table = tables + i * kGroups * kEntries;
+      for (int r = 0; r < kRowBlock; ++r) {
+        const uint32_t word = panel[i * kPanelRows + row + r];
+        for (int g = 0; g < kGroups; ++g) sums[r] += table[g * kEntries + (word >> (kGroupBits * g)) % kEntries];
+      }
+    }
+    std::copy_n(sums, kRowBlock, dots + row);
+  }
+}
+
+template <Format kFormat, typename T>
+constexpr LookupKernels<T> kPortable{kGroups * kEntries, 1, tabulate<kFormat, T>, accumulate<T>};
+
+template <typename T>
+const LookupKernels<T>& kernels_for(Format format) {
+#if defined(__x86_64__)
+  if constexpr (std::is_same_v<T, float>) {
+    switch (path()) {
+      case Path::kAvx512: return lookup_avx512(format);
+      case Path::kAvx2: return lookup_avx2(format);
+      case Path::kPortable: break;
+    }
+  }
+#endif
+  return format == Format::kSign ? kPortable<Format::kSign, T> : kPortable<Format::kTernary, T>;
+}
+
+// Transposes blocks of kPerWord x kPerWord codes in registers.
+template <int kBits>
+void transpose_block(uint32_t* rows) {
+  constexpr int kPerWord = 32 / kBits;
+  uint32_t mask = 0xffffffffu;
+  for (int span = kPerWord / 2; span > 0; span /= 2) {
+    const int shift = span * kBits;
+    mask ^= mask << shift;  // the lower half of every pair of spans
+    for (int i = 0; i < kPerWord; ++i) {
+      if (i & span) continue;
+      const uint32_t swap = ((rows[i] >> shift) ^ rows[i + span]) & mask;
+      rows[i] ^= swap << shift;
+      rows[i + span] ^= swap;
+    }
+  }
+}
+
+template <int kBits>
+void transpose_codes(const uint32_t* w, uint32_t* out, int64_t N, int64_t K, Executor run) {
+  constexpr int64_t kPerWord = 32 / kBits;
+  const int64_t words = ceil_div(K, kPerWord), out_words = ceil_div(N, kPerWord);
+  run(out_words, 8, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t n0 = i * kPerWord, count_n = std::min(kPerWord, N - n0);
+      for (int64_t j = 0; j < words; ++j) {
+        uint32_t block[kPerWord] = {};
+        for (int64_t r = 0; r < count_n; ++r) block[r] = w[(n0 + r) * words + j];
+        transpose_block<kBits>(block);
+        const int64_t k0 = j * kPerWord, count_k = std::min(kPerWord, K - k0);
+        for (int64_t r = 0; r < count_k; ++r) out[(k0 + r) * out_words + i] = block[r];
+      }
+    }
+  });
+}
+
+}  // namespace
+
+int64_t lookup_block_tokens(Format format, int64_t K) {
+  // Half a megabyte of tables, which stays in a core's own cache.
+  constexpr int64_t kTableFloats = 1 << 17;
+  const int64_t words = std::max<int64_t>(1, ceil_div(K, per_word(format)));
+  return std::clamp<int64_t>(kTableFloats / (words * kGroups * kEntries) / 4 * 4, 4, kMaxBlockTokens);
+}
+
+template <typename T>
+void lookup_matmul(const LookupMatmul<T>& a, Executor run) {
+  if (a.M == 0 || a.N == 0) return;
+  const LookupKernels<T>& kernels = kernels_for<T>(a.format);
+  const int64_t block = std::min(lookup_block_tokens(a.format, a.K), a.M);
+  const int64_t products = block * kPanelRows * std::max<int64_t>(a.K, 1);
+  run(ceil_div(a.M, block) * ceil_div(a.N, kPanelRows), ceil_div(kGrainProducts, products),
+      [&](int64_t begin, int64_t end) { Worker<T>(a, kernels)(begin, end); });
+}
+
+template void lookup_matmul(const LookupMatmul<float>&, Executor);
+template void lookup_matmul(const LookupMatmul<double>&, Executor);
+
+void transpose_packed(Format format, const uint32_t* w_packed, uint32_t* transposed, int64_t N, int64_t K,
+                      Executor run) {
+  if (format == Format::kSign) {
+    transpose_codes<1>(w_packed, transposed, N, K, run);
+  } else {
+    transpose_codes<2>(w_packed, transposed, N, K, run);
+  }
+}
+
+}  // namespace bitkernels::cpu

@@ -1,0 +1,110 @@
+// ternary_linear with int8 activations: exact sums, then every floating-point step rounded once.
+#include "ternary_int8.h"
+
+#include <algorithm>
+
+#include "buffer.h"
+#include "element.h"
+#include "int8_dot.h"
+#include "panel.h"
+#include "quantize_int8.h"
+
+namespace bitkernels::cpu {
+namespace {
+
+constexpr int64_t kMaxBlockTokens = 16;
+constexpr int64_t kGrainProducts = 1 << 18;  // products worth a thread
+
+// What one thread needs: a block of quantised tokens, and a panel with its dot products.
+class Worker {
+ public:
+  explicit Worker(const TernaryLinear& a)
+      : a_(a),
+        kernels_(int8_kernels()),
+        transpose_(panel_transpose()),
+        words_(ceil_div(a.K, kTernaryPerWord)),
+        stride_(words_ * kTernaryPerWord),
+        panels_(ceil_div(a.N, kPanelRows)),
+        row_(stride_),
+        q_(kMaxBlockTokens * stride_),
+        panel_(words_ * kPanelRows),
+        dots_(kMaxBlockTokens * kPanelRows) {}
+
+  void operator()(int64_t begin, int64_t end) {
+    int64_t quantized = -1;
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t block = task / panels_;
+      if (block != quantized) quantize(block);
+      quantized = block;
+      multiply(block * kMaxBlockTokens, task % panels_ * kPanelRows);
+    }
+  }
+
+ private:
+  void quantize(int64_t block) {
+    const int64_t m0 = block * kMaxBlockTokens;
+    tokens_ = std::min(kMaxBlockTokens, a_.M - m0);
+    std::fill(row_.data + a_.K, row_.data + stride_, int8_t{0});
+    for (int64_t t = 0; t < tokens_; ++t) {
+      scales_[t] = scalar(a_.scale, 0) / quantize_int8_row(a_.x, a_.dtype, m0 + t, row_.data, a_.K);
+      sums_[t] = 0;
+      for (int64_t k = 0; k < a_.K; ++k) sums_[t] += row_.data[k];
+      int8_t* q = q_.data + t * stride_;
+      for (int64_t i = 0; i < stride_; i += kTernaryPerWord) {
+        for (int j = 0; j < kPlanes; ++j) {
+          for (int b = 0; b < 4; ++b) q[i + 4 * j + b] = row_.data[i + 4 * b + j];
+        }
+      }
+    }
+  }
+
+  void multiply(int64_t m0, int64_t n0) {
+    load_panel(transpose_, a_.w_packed, a_.N, words_, n0, panel_.data);
+    const uint32_t* next = a_.w_packed + (n0 + 2 * kPanelRows <= a_.N ? n0 + kPanelRows : 0) * words_;
+    for (int64_t t = 0; t < tokens_; t += kernels_.block_tokens) {
+      const int count = static_cast<int>(std::min<int64_t>(kernels_.block_tokens, tokens_ - t));
+      kernels_.accumulate(panel_.data, words_, q_.data + t * stride_, stride_, count, dots_.data + t * kPanelRows,
+                          next);
+    }
+    const int64_t columns = std::min<int64_t>(kPanelRows, a_.N - n0);
+    float bias[kPanelRows] = {};
+    for (int64_t i = 0; a_.bias && i < columns; ++i) bias[i] = scalar(a_.bias, n0 + i);
+    visit(a_.dtype, [&](auto element) {
+      for (int64_t t = 0; t < tokens_; ++t) {
+        decltype(element)* y = static_cast<decltype(element)*>(a_.y) + (m0 + t) * a_.N + n0;
+        const int32_t* dots = dots_.data + t * kPanelRows;
+        for (int64_t i = 0; i < columns; ++i) {
+          from_float(static_cast<float>(dots[i] - sums_[t]) * scales_[t] + bias[i], y[i]);
+        }
+      }
+    });
+  }
+
+  // Scale and bias are double where the activations are; this path computes in float.
+  float scalar(const void* values, int64_t i) const {
+    return a_.dtype == DType::kFloat64 ? static_cast<float>(static_cast<const double*>(values)[i])
+                                       : static_cast<const float*>(values)[i];
+  }
+
+  const TernaryLinear& a_;
+  const Int8Kernels& kernels_;
+  const PanelTranspose transpose_;
+  const int64_t words_, stride_, panels_;
+  Buffer<int8_t> row_, q_;
+  Buffer<uint32_t> panel_;
+  Buffer<int32_t> dots_;
+  int64_t tokens_ = 0;
+  int32_t sums_[kMaxBlockTokens];
+  float scales_[kMaxBlockTokens];  // of the results
+};
+
+}  // namespace
+
+void ternary_linear_int8(const TernaryLinear& a, Executor run) {
+  if (a.M == 0 || a.N == 0) return;
+  const int64_t products = std::min(kMaxBlockTokens, a.M) * kPanelRows * std::max<int64_t>(a.K, 1);
+  run(ceil_div(a.M, kMaxBlockTokens) * ceil_div(a.N, kPanelRows), ceil_div(kGrainProducts, products),
+      [&](int64_t begin, int64_t end) { Worker{a}(begin, end); });
+}
+
+}  // namespace bitkernels::cpu

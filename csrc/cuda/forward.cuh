@@ -1,0 +1,65 @@
+// y = epilogue(prepared x times packed weights): which kernel does it.
+#pragma once
+
+#include "skinny.cuh"
+#include "tiled.cuh"
+
+namespace bitkernels::cuda {
+
+enum class Kernel { kSkinny8, kSkinny16, kSkinny32, kNarrow, kWide };
+
+struct Choice {
+  Kernel kernel;
+  int parts;  // of K, added up by a second kernel
+};
+
+// Rows of activations (twice the tokens for fp32) decide. Up to 32 the matmul is a read of the weights:
+// skinny, with as many mma columns as there are rows. Beyond, activations pass through shared memory, 64 or
+// 128 rows at a time. A card of `processors` runs two tiles on each; with fewer tiles than processors
+// K is split, as long as every part keeps kLeastStages stages to hide its start behind.
+inline Choice choose(int64_t rows, int64_t N, int64_t stages, int processors) {
+  if (rows <= 8) return {Kernel::kSkinny8, 1};
+  if (rows <= 16) return {Kernel::kSkinny16, 1};
+  if (rows <= 32) return {Kernel::kSkinny32, 1};
+  const bool narrow = rows <= NarrowTile::kTokens;
+  const int64_t tiles =
+      narrow ? ceil_div(N, NarrowTile::kRows) : ceil_div(N, WideTile::kRows) * ceil_div(rows, WideTile::kTokens);
+  constexpr int64_t kLeastStages = 4;
+  const int64_t wanted = tiles < processors ? ceil_div(processors, tiles) : 1;
+  const int64_t possible = stages / kLeastStages < 1 ? 1 : stages / kLeastStages;
+  return {narrow ? Kernel::kNarrow : Kernel::kWide, static_cast<int>(wanted < possible ? wanted : possible)};
+}
+
+template <typename F>
+Choice choose(const Prepared& x, int64_t N) {
+  return choose(x.rows, N, x.units * F::kChunks / WideTile::kChunksPerStage,
+                device_attribute(cudaDevAttrMultiProcessorCount));
+}
+
+template <typename F>
+int64_t forward_workspace(int64_t M, int64_t N, int64_t K, DType dtype) {
+  const Prepared x = prepared<F>(M, K, dtype, nullptr);
+  const Choice choice = choose<F>(x, N);
+  const int64_t partial = choice.parts > 1 ? choice.parts * x.rows * N * sizeof(float) : 0;
+  return prepared_bytes<F>(M, K, dtype) + partial;
+}
+
+template <typename F>
+void run_forward(const TokenSource& source, const uint32_t* w_packed, const Epilogue& e, void* workspace,
+                 cudaStream_t stream) {
+  const int64_t N = e.columns;
+  const Weights w = weights(w_packed, N, ceil_div(source.K, F::kPerWord));
+  const Prepared x = prepared<F>(source.M, source.K, source.dtype, workspace);
+  prepare_tokens<F>(source, x, stream);
+  const Choice choice = choose<F>(x, N);
+  void* partial = static_cast<char*>(workspace) + prepared_bytes<F>(source.M, source.K, source.dtype);
+  switch (choice.kernel) {
+    case Kernel::kSkinny8: return run_skinny<F, 1, 1>(w, x, e, source.M, stream);
+    case Kernel::kSkinny16: return run_skinny<F, 2, 1>(w, x, e, source.M, stream);
+    case Kernel::kSkinny32: return run_skinny<F, 4, 2>(w, x, e, source.M, stream);
+    case Kernel::kNarrow: return run_tiled<F, NarrowTile>(w, x, e, source.M, choice.parts, partial, stream);
+    case Kernel::kWide: return run_tiled<F, WideTile>(w, x, e, source.M, choice.parts, partial, stream);
+  }
+}
+
+}  // namespace bitkernels::cuda

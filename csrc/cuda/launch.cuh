@@ -1,0 +1,62 @@
+// Launching: one place, so that every kernel states its grid, shared memory and stream the same way.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+namespace bitkernels::cuda {
+
+struct Grid {
+  dim3 blocks;
+  int threads;
+  size_t shared_bytes = 0;
+  // The kernel may start while the one before it still runs: it reads nothing that one writes until
+  // it has called wait_for_previous_kernel(). Takes effect from compute capability 9.0 on.
+  bool overlaps_previous = false;
+};
+
+// Thrown here, because the CUDA runtime inside this library keeps errors that torch's runtime never sees.
+inline void check(cudaError_t error) {
+  if (error != cudaSuccess) throw std::runtime_error(std::string("bitkernels: ") + cudaGetErrorString(error));
+}
+
+inline int device_attribute(cudaDeviceAttr attribute) {
+  int device = 0;
+  int value = 0;
+  check(cudaGetDevice(&device));
+  check(cudaDeviceGetAttribute(&value, attribute, device));
+  return value;
+}
+
+template <typename... Params, typename... Args>
+void launch(void (*kernel)(Params...), const Grid& grid, cudaStream_t stream, const Args&... args) {
+  constexpr size_t kSharedWithoutOptIn = 48 * 1024;
+  if (grid.shared_bytes > kSharedWithoutOptIn) {
+    check(
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(grid.shared_bytes)));
+  }
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid.blocks;
+  config.blockDim = dim3(grid.threads);
+  config.dynamicSmemBytes = grid.shared_bytes;
+  config.stream = stream;
+  cudaLaunchAttribute attribute = {};
+  if (grid.overlaps_previous && device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9) {
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+  }
+  check(cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...));
+}
+
+// Blocks for `items` of work taken in grid-stride loops.
+inline unsigned blocks_for(int64_t items, int64_t per_block, int64_t most = 1 << 20) {
+  const int64_t blocks = (items + per_block - 1) / per_block;
+  return static_cast<unsigned>(blocks < most ? blocks : most);
+}
+
+}  // namespace bitkernels::cuda

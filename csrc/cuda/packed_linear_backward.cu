@@ -1,0 +1,65 @@
+#include "backward.cuh"
+
+namespace bitkernels::cuda {
+namespace {
+
+// Every warp of tokens leaves partial sums of dalpha and dbeta behind the prepared dy.
+ScaleGradients partial_gradients(const PackedLinearBackward& p, const Prepared& dy) {
+  if (!p.dalpha) return {};
+  float* partial = reinterpret_cast<float*>(static_cast<char*>(p.workspace) +
+                                            prepared_bytes<SignColumns::Gradient>(p.M, p.N, p.dtype));
+  return {p.x, partial, partial + gradient_rows(dy) * p.K};
+}
+
+// out[k] = sum of a column, in a fixed order: one lane a column, the warps of a block every eighth row.
+__global__ void __launch_bounds__(256) add_rows_kernel(const float* dalpha_rows, const float* dbeta_rows, int64_t rows,
+                                                       int64_t columns, float* dalpha, float* dbeta) {
+  __shared__ float scratch[2][8][32];
+  wait_for_previous_kernel();
+  const int lane = threadIdx.x % 32;
+  const int warp = threadIdx.x / 32;
+  const int64_t k = int64_t(blockIdx.x) * 32 + lane;
+  float a = 0.0f;
+  float b = 0.0f;
+  for (int64_t row = warp; row < rows && k < columns; row += 8) {
+    a += dalpha_rows[row * columns + k];
+    b += dbeta_rows[row * columns + k];
+  }
+  scratch[0][warp][lane] = a;
+  scratch[1][warp][lane] = b;
+  __syncthreads();
+  if (warp != 0 || k >= columns) return;
+  for (int i = 1; i < 8; ++i) {
+    a += scratch[0][i][lane];
+    b += scratch[1][i][lane];
+  }
+  dalpha[k] = a;
+  dbeta[k] = b;
+}
+
+}  // namespace
+
+int64_t packed_linear_backward_workspace(const PackedLinearBackward& p) {
+  const Prepared dy = prepared<SignColumns::Gradient>(p.M, p.N, p.dtype, nullptr);
+  const int64_t partial = p.axis == ScaleAxis::kColumn ? 2 * gradient_rows(dy) * p.K * sizeof(float) : 0;
+  return prepared_bytes<SignColumns::Gradient>(p.M, p.N, p.dtype) + partial;
+}
+
+// Row and single scales belong to the summed index, so they scale dy; column scales belong to dx.
+void packed_linear_backward(const PackedLinearBackward& p, Executor stream) {
+  const float* alpha = static_cast<const float*>(p.alpha);
+  const float* beta = static_cast<const float*>(p.beta);
+  const bool column = p.axis == ScaleAxis::kColumn;
+  TokenSource source{p.grad, nullptr, nullptr, p.axis == ScaleAxis::kRow ? 1 : 0, true, p.dtype, p.M, p.N};
+  Epilogue epilogue{nullptr, nullptr, 1, nullptr, p.dx, p.dtype, p.K};
+  (column ? epilogue.scale : source.scale) = alpha;
+  (column ? epilogue.shift : source.shift) = beta;
+  const Prepared dy = prepared<SignColumns::Gradient>(p.M, p.N, p.dtype, p.workspace);
+  const ScaleGradients partial = partial_gradients(p, dy);
+  run_backward<SignColumns>(source, p.w_packed, epilogue, partial, p.workspace, stream);
+  if (!p.dalpha) return;
+  launch(add_rows_kernel, Grid{dim3(blocks_for(p.K, 32)), 256, 0, true}, stream, partial.dalpha, partial.dbeta,
+         gradient_rows(dy), p.K, static_cast<float*>(p.dalpha), static_cast<float*>(p.dbeta));
+}
+
+}  // namespace bitkernels::cuda

@@ -1,0 +1,39 @@
+// Sums and maxima over a block, in a fixed order: the same bits on every run.
+#pragma once
+
+#include <cuda_runtime.h>
+
+namespace bitkernels::cuda {
+
+struct Sum {
+  template <typename T>
+  __device__ T operator()(T a, T b) const {
+    return a + b;
+  }
+};
+
+struct Max {
+  __device__ float operator()(float a, float b) const { return fmaxf(a, b); }
+};
+
+template <typename T, typename Op>
+__device__ T warp_reduce(T v, Op op) {
+#pragma unroll
+  for (int offset = 16; offset > 0; offset /= 2) v = op(v, __shfl_xor_sync(0xffffffff, v, offset));
+  return v;
+}
+
+// Every thread gets the result. `scratch` holds one T per warp and may be reused after the call.
+template <typename T, typename Op>
+__device__ T block_reduce(T v, Op op, T* scratch) {
+  const int warps = blockDim.x / 32;
+  v = warp_reduce(v, op);
+  if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = v;
+  __syncthreads();
+  v = scratch[0];
+  for (int i = 1; i < warps; ++i) v = op(v, scratch[i]);
+  __syncthreads();
+  return v;
+}
+
+}  // namespace bitkernels::cuda

@@ -1,0 +1,21 @@
+#include "forward.cuh"
+
+namespace bitkernels::cuda {
+
+int64_t ternary_linear_workspace(const TernaryLinear& p) {
+  return p.int8_activations ? forward_workspace<TernaryI8>(p.M, p.N, p.K, p.dtype)
+                            : forward_workspace<TernaryF16>(p.M, p.N, p.K, p.dtype);
+}
+
+void ternary_linear(const TernaryLinear& p, Executor stream) {
+  const TokenSource source{p.x, nullptr, nullptr, 0, false, p.dtype, p.M, p.K};
+  const Epilogue epilogue{
+      static_cast<const float*>(p.scale), nullptr, 0, static_cast<const float*>(p.bias), p.y, p.dtype, p.N};
+  if (p.int8_activations) {
+    run_forward<TernaryI8>(source, p.w_packed, epilogue, p.workspace, stream);
+  } else {
+    run_forward<TernaryF16>(source, p.w_packed, epilogue, p.workspace, stream);
+  }
+}
+
+}  // namespace bitkernels::cuda

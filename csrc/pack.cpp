@@ -1,0 +1,70 @@
+// pack_sign, unpack_sign, pack_ternary, unpack_ternary: checks, allocation, dispatch.
+#include "op.h"
+
+namespace bitkernels {
+namespace {
+
+// Ternary weights also come as int8, already in {-1, 0, 1}.
+DType ternary_dtype(const char* op, const char* argument, ScalarType dtype) {
+  return dtype == ScalarType::Char ? DType::kInt8 : kernel_dtype(op, argument, dtype);
+}
+
+template <typename Kernel>
+Tensor pack(const char* op, const Tensor& w, DType dtype, int64_t per_word, const Kernel& kernel) {
+  check_argument(w.dim() == 2, op, ": w must be [N, K], got ", shape(w));
+  const int64_t N = w.size(0), K = w.size(1);
+  Tensor packed = torch::stable::new_empty(w, {N, ceil_div(K, per_word)}, ScalarType::UInt32);
+  if (packed.numel() == 0) return packed;
+  const Tensor wd = dense(w);
+  const Launch launch(w);
+  kernel(wd.const_data_ptr(), dtype, static_cast<uint32_t*>(packed.mutable_data_ptr()), N, K, launch);
+  launch.check();
+  return packed;
+}
+
+template <typename Kernel>
+Tensor unpack(const char* op, const Tensor& w_packed, int64_t K, ScalarType type, DType dtype, int64_t per_word,
+              const Kernel& kernel) {
+  check_argument(K >= 0, op, ": K must not be negative, got ", K);
+  check_packed(op, w_packed, K, per_word);
+  const int64_t N = w_packed.size(0);
+  Tensor w = torch::stable::new_empty(w_packed, {N, K}, type);
+  if (w.numel() == 0) return w;
+  const Tensor wd = dense(w_packed);
+  const Launch launch(w_packed);
+  kernel(words(wd), w.mutable_data_ptr(), dtype, N, K, launch);
+  launch.check();
+  return w;
+}
+
+Tensor pack_sign(const Tensor& w) {
+  constexpr const char* op = "pack_sign";
+  return pack(op, w, kernel_dtype(op, "w", w.scalar_type()), kSignsPerWord, BITKERNELS_BACKEND::pack_sign);
+}
+
+Tensor unpack_sign(const Tensor& w_packed, int64_t K, ScalarType dtype) {
+  constexpr const char* op = "unpack_sign";
+  return unpack(op, w_packed, K, dtype, kernel_dtype(op, "dtype", dtype), kSignsPerWord,
+                BITKERNELS_BACKEND::unpack_sign);
+}
+
+Tensor pack_ternary(const Tensor& w) {
+  constexpr const char* op = "pack_ternary";
+  return pack(op, w, ternary_dtype(op, "w", w.scalar_type()), kTernaryPerWord, BITKERNELS_BACKEND::pack_ternary);
+}
+
+Tensor unpack_ternary(const Tensor& w_packed, int64_t K, ScalarType dtype) {
+  constexpr const char* op = "unpack_ternary";
+  return unpack(op, w_packed, K, dtype, ternary_dtype(op, "dtype", dtype), kTernaryPerWord,
+                BITKERNELS_BACKEND::unpack_ternary);
+}
+
+}  // namespace
+}  // namespace bitkernels
+
+STABLE_TORCH_LIBRARY_IMPL(bitkernels, BITKERNELS_DISPATCH_KEY, m) {
+  m.impl("pack_sign", TORCH_BOX(&bitkernels::pack_sign));
+  m.impl("unpack_sign", TORCH_BOX(&bitkernels::unpack_sign));
+  m.impl("pack_ternary", TORCH_BOX(&bitkernels::pack_ternary));
+  m.impl("unpack_ternary", TORCH_BOX(&bitkernels::unpack_ternary));
+}

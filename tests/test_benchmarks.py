@@ -1,0 +1,53 @@
+import importlib.util
+import json
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", ROOT / "benchmarks" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_pages_show_the_recorded_figures():
+    assert load("render").main(["--check"]) == 0
+
+
+def test_render_writes_and_check_notices(tmp_path, monkeypatch):
+    render = load("render")
+    monkeypatch.setattr(render, "ROOT", tmp_path)
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "benchmarks" / "results").mkdir(parents=True)
+    for page in (tmp_path / "README.md", tmp_path / "docs" / "benchmarks.md"):
+        page.write_text(f"before\n{render.BEGIN}\n{render.END}\nafter\n")
+    times = {"us": 1234.5, "p20": 0.123, "p80": 10.06}
+    peers = {"peer": {**times, "speedup": 2.0}, "missing": {"absent": "not installed"}}
+    row = {"case": "a case", **times, "GB/s": 1.0, "TFLOP/s": 0.0, "headline": True, "peers": peers}
+    op = dict.fromkeys(("driver", "triton"), "1") | {"torch": "2", "commit": "f" * 40, "dirty": True, "peers": {}}
+    content = {"machine": "m", "device": "cpu", "ops": {"op": {**op, "date": "2030-01-01T00:00:00", "rows": [row]}}}
+    (tmp_path / "benchmarks" / "results" / "m.json").write_text(json.dumps(content))
+
+    assert render.main(["--check"]) == 1
+    assert render.main([]) == 0
+    assert render.main(["--check"]) == 0
+    readme, page = (tmp_path / "README.md").read_text(), (tmp_path / "docs" / "benchmarks.md").read_text()
+    assert "| m | `op` | a case | 1234 | 2x peer (1234 us) |" in readme
+    assert "before" in readme
+    assert "after" in readme
+    assert "with local changes" in page
+    assert "| absent |" in page
+    assert "- missing: not installed." in page
+
+
+def test_results_are_replaced_an_operator_at_a_time(tmp_path, monkeypatch):
+    results = load("results")
+    monkeypatch.setattr(results, "FOLDER", tmp_path)
+    results.save("cpu", {"a": [{"us": 1}], "b": [{"us": 2}]})
+    path = results.save("cpu", {"b": [{"us": 3}]})
+    ops = json.loads(path.read_text())["ops"]
+    assert [ops[name]["rows"][0]["us"] for name in ("a", "b")] == [1, 3]
+    assert ops["a"]["torch"]
+    assert list(tmp_path.iterdir()) == [path]

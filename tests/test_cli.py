@@ -1,0 +1,109 @@
+"""The command line, end to end on a toy budget."""
+
+import pytest
+from typer.testing import CliRunner
+
+from bitkernels.cli import app
+from bitkernels.data import shipped_text
+
+COMMANDS = ["demo", "train", "pack", "generate", "eval", "info"]
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+def succeed(*arguments):
+    result = invoke(*arguments)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def fail(*arguments):
+    result = invoke(*arguments)
+    assert result.exit_code == 1, result.output
+    assert result.stderr.startswith("error: ")
+    assert "Traceback" not in result.output
+    return result.stderr
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A teacher, a student, and the student packed, each made by its command."""
+    folder = tmp_path_factory.mktemp("runs")
+    text = folder / "text.txt"
+    text.write_text(shipped_text()[:60_000])
+    small = ("--text", text, "--steps", 3, "--batch-size", 2, "--length", 32, "--device", "cpu")
+    paths = {name: folder / f"{name}.safetensors" for name in ("teacher", "student", "packed")}
+    succeed("train", "--config", "tiny", "--vocab-size", 300, "--out", paths["teacher"], *small)
+    succeed("train", "--teacher", paths["teacher"], "--out", paths["student"], *small)
+    output = succeed("pack", paths["student"], "--out", paths["packed"])
+    assert "exact zeros became +1" in output
+    return {"text": text, **paths}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help(command):
+    assert command in succeed("--help")
+    assert "Usage" in succeed(command, "--help")
+
+
+def test_packed_evaluates_as_latent(files):
+    results = []
+    for name in ("student", "packed"):
+        output = succeed("eval", files[name], "--text", files["text"], "--tokens", 500, "--device", "cpu")
+        results.append(float(output.split("perplexity ")[1].split()[0]))
+        assert "bits per byte" in output
+    assert results[0] == pytest.approx(results[1], rel=1e-3)
+
+
+def test_generate_repeats_with_a_seed(files):
+    options = (files["packed"], "--prompt", "And God said", "--max-new-tokens", 12, "--device", "cpu", "--seed", 1)
+    first = succeed("generate", *options)
+    assert first.startswith("And God said")
+    assert first == succeed("generate", *options)
+
+
+def test_info_tells_what_is_in_a_file(files):
+    output = succeed("info", files["packed"])
+    for word in ("torch", "packed", "U32", "config.d_model"):
+        assert word in output
+
+
+def test_pack_names_its_output_after_its_input(files):
+    succeed("pack", files["student"])
+    assert files["student"].with_name("student.packed.safetensors").is_file()
+
+
+def test_a_ternary_student(files, tmp_path):
+    out = tmp_path / "ternary.safetensors"
+    succeed(
+        "train", "--teacher", files["teacher"], "--format", "ternary", "--text", files["text"], "--steps", 1,
+        "--batch-size", 1, "--length", 16, "--out", out, "--device", "cpu",
+    )  # fmt: skip
+    succeed("pack", out, "--out", out)
+    assert "perplexity" in succeed("eval", out, "--text", files["text"], "--tokens", 50, "--device", "cpu")
+
+
+def test_errors_are_one_clear_line(files, tmp_path):
+    broken = tmp_path / "broken.safetensors"
+    broken.write_bytes(files["packed"].read_bytes()[:1000])
+    for command in ("eval", "generate", "pack", "info"):
+        assert "no such file" in fail(command, tmp_path / "absent.safetensors")
+        assert "truncated" in fail(command, broken)
+    assert "packed already" in fail("pack", files["packed"])
+    assert "full-precision model" in fail("pack", files["teacher"])
+    assert "no such file" in fail("train", "--text", tmp_path / "absent.txt")
+    assert "--config must be one of" in fail("train", "--config", "huge")
+    assert "--device must be" in fail("eval", files["packed"], "--device", "tpu")
+    assert "must not be empty" in fail("generate", files["packed"], "--prompt", "")
+    assert "full precision" in fail("train", "--teacher", files["packed"], "--text", files["text"], "--device", "cpu")
+
+
+def test_demo_runs_end_to_end(tmp_path):
+    output = succeed("demo", "--fast", "--out", tmp_path / "demo", "--device", "cpu")
+    for word in ("Teacher", "Student", "packed student", "Bigram", "tokens/s"):
+        assert word in output
+    assert {path.name for path in (tmp_path / "demo").iterdir()} == {
+        "teacher.safetensors", "student.safetensors", "packed.safetensors",
+    }  # fmt: skip

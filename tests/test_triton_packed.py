@@ -1,0 +1,77 @@
+"""The portable packed matmuls: the operators' own tests on them, and what only they have."""
+
+import pytest
+import torch
+from triton_interpreter import MISSING, run_tests
+
+needs_triton = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
+
+
+def test_under_the_interpreter():
+    files = ["test_pack.py", "test_quantize_int8.py", "test_packed_linear.py", "test_ternary_linear.py"]
+    values = "round or bit or test_value or one_hot or noncontiguous or same_bits or int8_"
+    accuracy = "as_accurate and float16 and (1- or 3- or 32-)"
+    run_tests("register_packed", *files, "-k", f"cpu and (test_gradients or {values} or ({accuracy}))")
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"x": torch.ones(2, 40, dtype=torch.float64)}, "packed_linear: x must be float32.*float64"),
+        ({"x": torch.ones(2, 41)}, r"packed_linear: alpha must be .*got \[40\]"),
+        ({"w_packed": torch.zeros(20, 1, dtype=torch.uint32)}, "packed_linear: w_packed must have .* 2 words.*got 1"),
+        (
+            {"w_packed": torch.zeros(20, 2, dtype=torch.int32)},
+            "packed_linear: w_packed must be uint32, got torch.int32",
+        ),
+        ({"beta": torch.ones(20, 1)}, r"packed_linear: beta must be of shape \[40\], got \[20, 1\]"),
+        ({"bias": torch.ones(21)}, r"packed_linear: bias must be of shape \[20\], got \[21\]"),
+        ({"alpha": torch.ones(40, dtype=torch.int64)}, "packed_linear: alpha must be of a floating-point type"),
+        ({"x": torch.ones(2, 40, device="meta")}, "packed_linear: w_packed must be on the device"),
+    ],
+)
+def test_bad_input(change, words):
+    from bitkernels.triton.packed_linear import packed_linear
+
+    good = {
+        "x": torch.ones(2, 40),
+        "w_packed": torch.zeros(20, 2, dtype=torch.uint32),
+        "alpha": torch.ones(40),
+        "beta": torch.ones(40),
+    }
+    with pytest.raises(ValueError, match=words):
+        packed_linear(**{**good, **change})
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int8], ids=str)
+@pytest.mark.parametrize("M", [3, 64, 100])
+@pytest.mark.parametrize("transposed", [False, True], ids=["forward", "backward"])
+def test_compiles_for_a_gpu(M, dtype, transposed):
+    """Compiled for sm_90 without a device; shared memory fits the GPUs that have least of it."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from bitkernels.triton.packed_matmul import matmul_kernel, tile
+
+    if dtype == torch.int8 and transposed:
+        pytest.skip("integer activations have no backward product")
+    pointer = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int8: "*i8"}[dtype]
+    output = "*bf16" if dtype == torch.int8 else pointer
+    types = {"p_x": pointer, "p_w": "*i32", "p_y": output, "p_alpha": "*fp32", "p_beta": "*fp32", "p_sum": "*fp32"}
+    types |= dict.fromkeys(["M", "J", "R", "words", "stride_scale"], "i32")
+    if transposed:
+        types |= {"p_gx": output, "p_dalpha": "*fp32", "p_dbeta": "*fp32"}
+    options = tile(M, dtype)
+    constants = {"BITS": 1, "TRANSPOSED": transposed} | {k: v for k, v in options.items() if k.startswith("B")}
+    constants |= {name: None for name in matmul_kernel.arg_names if name not in types | constants}
+    signature = {name: types.get(name, "constexpr") for name in matmul_kernel.arg_names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(matmul_kernel.arg_names) if n in types}
+    kernel = triton.compile(
+        ASTSource(matmul_kernel, signature, constants, aligned),
+        target=GPUTarget("cuda", 90, 32),
+        options={k: v for k, v in options.items() if k.startswith("num_")} | {"enable_fp_fusion": True},
+    )
+    assert kernel.metadata.shared <= 99 * 1024

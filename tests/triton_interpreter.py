@@ -1,0 +1,67 @@
+"""A pytest plugin: the Triton kernels run under the interpreter and serve CPU tensors.
+
+The interpreter must be on before triton is imported, so it takes a process of its own, which ``run_tests``
+starts: the tests of an operator then try its Triton kernels on a machine without a GPU.
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent
+MISSING = None if importlib.util.find_spec("triton") else "triton is not installed"
+
+
+def run_tests(register: str, *selection: str) -> None:
+    """Runs tests in a fresh process in which ``bitkernels.triton.<register>("CPU")`` has been called."""
+    if MISSING:
+        pytest.skip(MISSING)
+    environment = {
+        **os.environ,
+        "TRITON_INTERPRET": "1",
+        "BITKERNELS_INTERPRET": register,
+        "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")]),
+    }
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "triton_interpreter", "-p", "no:cacheprovider"]
+    done = subprocess.run([*command, *selection], cwd=TESTS, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout, done.stdout[-2000:]
+
+
+def fix_bfloat16() -> None:
+    """The interpreter truncates to bfloat16 and multiplies its bit patterns in ``tl.dot``; a GPU does neither."""
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    convert, dot = interpreter._convert_float, interpreter.InterpreterBuilder.create_dot
+
+    def rounding_convert(value, source, target, mode):
+        if (source, target) != (tl.float32, tl.bfloat16):
+            return convert(value, source, target, mode)
+        bits = np.frombuffer(value.tobytes(), dtype=np.uint32)
+        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        return np.where(np.isnan(bits.view(np.float32)), 0x7FC0, nearest).astype(np.uint16).reshape(value.shape)
+
+    def float_dot(self, a, b, *rest):
+        if a.dtype.scalar == tl.bfloat16:
+            a, b = self.cast_impl(a, tl.float32), self.cast_impl(b, tl.float32)
+        return dot(self, a, b, *rest)
+
+    interpreter._convert_float = rounding_convert
+    interpreter.InterpreterBuilder.create_dot = float_dot
+
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    fix_bfloat16()
+
+
+def pytest_sessionstart(session):
+    import bitkernels  # noqa: F401  (loads the operators that the kernels replace)
+    from bitkernels import triton
+
+    getattr(triton, os.environ["BITKERNELS_INTERPRET"])("CPU")
