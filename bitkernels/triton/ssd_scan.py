@@ -7,6 +7,7 @@ from torch import Tensor
 
 from bitkernels.triton import arguments
 from bitkernels.triton.elementwise import silu, step_options
+from bitkernels.triton.mixer_arguments import check_scan
 from bitkernels.triton.ssd_scan_backward import ssd_scan_backward
 from bitkernels.triton.ssd_states import (
     chunk_span,
@@ -156,9 +157,11 @@ def ssd_scan(
     chunk_size: int = 64,
 ) -> tuple[Tensor, Tensor]:
     """``bitkernels::ssd_scan``. ``chunk_size`` is a hint this implementation does not take."""
-    batch, _, H, P = x.shape
+    sequences = check_scan(
+        "ssd_scan", x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, cu_seqlens, dt_min, dt_max, chunk_size
+    )
+    H, P = x.shape[2:]
     G, N = B.shape[2:]
-    sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     final = torch.empty(sequences, H, P, N, dtype=torch.float32, device=x.device)
     initial = None if initial_states is None else initial_states.contiguous()

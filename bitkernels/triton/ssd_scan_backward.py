@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bitkernels.triton.elementwise import silu, silu_gradient, step_options, step_size
+from bitkernels.triton.mixer_arguments import check_floating, check_like, check_scan
 from bitkernels.triton.ssd_states import (
     Tile,
     block_span,
@@ -266,8 +267,14 @@ def ssd_scan_backward(
     chunk_size: int = 64,
 ) -> tuple[Tensor, ...]:
     """``bitkernels::ssd_scan_backward``: recomputes the states instead of storing them in the forward."""
+    op = "ssd_scan_backward"
+    sequences = check_scan(
+        op, x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, cu_seqlens, dt_min, dt_max, chunk_size
+    )
+    check_like(op, "dy", dy, x, tuple(x.shape))
     batch, T, H, P = x.shape
     G, N = B.shape[2:]
+    check_floating(op, "dfinal_states", dfinal_states, x, (sequences, H, P, N))
     fresh = {"device": x.device}
     absent = torch.empty(0, dtype=torch.float32, **fresh)
     initial = None if initial_states is None else initial_states.contiguous()

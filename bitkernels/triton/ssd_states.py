@@ -84,7 +84,8 @@ def divide(x: Tensor, cu_seqlens: Tensor | None, tile: Tile) -> Chunks:
     sequences = cu_seqlens.shape[0] - 1
     count = triton.cdiv(T, length) + sequences
     first = torch.zeros(sequences + 1, dtype=torch.int64, device=x.device)
-    torch.cumsum((cu_seqlens.diff() + (length - 1)) // length, 0, out=first[1:])
+    torch.cumsum((cu_seqlens.diff().clamp_(min=0) + (length - 1)) // length, 0, out=first[1:])
+    first.clamp_(max=count)  # like the bounds in chunk_span: no cu_seqlens leads outside of x
     # Chunks past the last sequence fall into it and find themselves empty.
     sequence = torch.searchsorted(first[1:], torch.arange(count, device=x.device), right=True).clamp_(max=sequences - 1)
     return Chunks(T, length, tile.time, count, sequences, cu_seqlens, sequence, first)
@@ -102,7 +103,8 @@ def chunk_span(i_chunk, T, length, p_cu_seqlens, p_sequence, p_first):
         i_b = i_chunk * 0
         i_seq = tl.load(p_sequence + i_chunk)
         begin = tl.load(p_cu_seqlens + i_seq).to(tl.int64) + (i_chunk - tl.load(p_first + i_seq)) * length
-        end = tl.load(p_cu_seqlens + i_seq + 1).to(tl.int64)
+        begin = tl.maximum(begin, 0)
+        end = tl.minimum(tl.load(p_cu_seqlens + i_seq + 1).to(tl.int64), T)
     return i_b, begin, tl.maximum(tl.minimum(end - begin, length), 0).to(tl.int32)
 
 
