@@ -17,29 +17,6 @@ void check_weight(const char* op, const Tensor& x, const Tensor& weight, const s
   }
 }
 
-void check(const char* op, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
-           const std::optional<Tensor>& initial_state, const std::optional<Tensor>& seq_idx) {
-  check_activations(op, x);
-  check_rank(op, "x", x, 3, "[B, T, C]");
-  check_weight(op, x, weight, bias, x.size(2));
-  if (initial_state) {
-    check_same_device(op, "initial_state", *initial_state, x);
-    check_floating(op, "initial_state", *initial_state);
-    check_shape(op, "initial_state", *initial_state, {x.size(0), weight.size(1) - 1, x.size(2)});
-  }
-  if (seq_idx) {
-    check_same_device(op, "seq_idx", *seq_idx, x);
-    check_integer(op, "seq_idx", *seq_idx);
-    check_shape(op, "seq_idx", *seq_idx, {x.size(0), x.size(1)});
-  }
-}
-
-Tensor checked(const char* op, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
-               const std::optional<Tensor>& initial_state, const std::optional<Tensor>& seq_idx) {
-  check(op, x, weight, bias, initial_state, seq_idx);
-  return inner_dense(x);
-}
-
 // The kernel's description of the problem, and what keeps its pointers alive.
 struct Convolution {
   Tensor x, weight;
@@ -48,7 +25,7 @@ struct Convolution {
 
   Convolution(const char* op, const Tensor& x_in, const Tensor& weight_in, const std::optional<Tensor>& bias_in,
               const std::optional<Tensor>& initial_state, const std::optional<Tensor>& seq_idx_in, bool silu)
-      : x(checked(op, x_in, weight_in, bias_in, initial_state, seq_idx_in)),
+      : x(check(op, x_in, weight_in, bias_in, initial_state, seq_idx_in)),
         weight(as_dtype(weight_in, scale_type(x_in.scalar_type()))),
         bias(as_dtype(bias_in, scale_type(x_in.scalar_type()))),
         initial(as_dtype(initial_state, x_in.scalar_type())),
@@ -65,12 +42,25 @@ struct Convolution {
              .T = x.size(1),
              .C = x.size(2),
              .W = weight.size(1)} {}
-};
 
-void check_causal_conv1d(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
-                         const std::optional<Tensor>& initial_state, const std::optional<Tensor>& seq_idx, bool silu) {
-  check("causal_conv1d", x, weight, bias, initial_state, seq_idx);
-}
+  static Tensor check(const char* op, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                      const std::optional<Tensor>& initial_state, const std::optional<Tensor>& seq_idx) {
+    kernel_dtype(op, "x", x.scalar_type());
+    check_rank(op, "x", x, 3, "[B, T, C]");
+    check_weight(op, x, weight, bias, x.size(2));
+    if (initial_state) {
+      check_same_device(op, "initial_state", *initial_state, x);
+      check_floating(op, "initial_state", *initial_state);
+      check_shape(op, "initial_state", *initial_state, {x.size(0), weight.size(1) - 1, x.size(2)});
+    }
+    if (seq_idx) {
+      check_same_device(op, "seq_idx", *seq_idx, x);
+      check_integer(op, "seq_idx", *seq_idx);
+      check_shape(op, "seq_idx", *seq_idx, {x.size(0), x.size(1)});
+    }
+    return inner_dense(x);
+  }
+};
 
 Tensor causal_conv1d(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                      const std::optional<Tensor>& initial_state, const std::optional<Tensor>& seq_idx, bool silu) {
@@ -115,22 +105,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> causal_conv1d_backward(const Tensor& 
   return {dx, dweight, dbias, dinitial};
 }
 
-void check_causal_conv1d_step(const Tensor& conv_state, const Tensor& x, const Tensor& weight,
-                              const std::optional<Tensor>& bias, bool silu) {
+Tensor causal_conv1d_step(Tensor conv_state, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                          bool silu) {
   constexpr const char* op = "causal_conv1d_step";
-  check_activations(op, x);
+  const DType dtype = kernel_dtype(op, "x", x.scalar_type());
   check_rank(op, "x", x, 2, "[B, C]");
   check_weight(op, x, weight, bias, x.size(1));
   check_same_device(op, "conv_state", conv_state, x);
   check_floating(op, "conv_state", conv_state);
-  check_shape(op, "conv_state", conv_state, {x.size(0), weight.size(1) - 1, x.size(1)});
-}
-
-Tensor causal_conv1d_step(Tensor conv_state, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
-                          bool silu) {
-  check_causal_conv1d_step(conv_state, x, weight, bias, silu);
-  const DType dtype = kernel_dtype("causal_conv1d_step", "x", x.scalar_type());
   const int64_t batch = x.size(0), channels = x.size(1), history = weight.size(1) - 1;
+  check_shape(op, "conv_state", conv_state, {batch, history, channels});
   Tensor y = torch::stable::new_empty(x, x.sizes());
   if (y.numel() == 0) return y;
 
@@ -165,9 +149,4 @@ STABLE_TORCH_LIBRARY_IMPL(bitkernels, CPU, m) {
   m.impl("causal_conv1d", TORCH_BOX(&bitkernels::causal_conv1d));
   m.impl("causal_conv1d_backward", TORCH_BOX(&bitkernels::causal_conv1d_backward));
   m.impl("causal_conv1d_step", TORCH_BOX(&bitkernels::causal_conv1d_step));
-}
-
-STABLE_TORCH_LIBRARY_IMPL(bitkernels, CUDA, m) {
-  m.impl("check_causal_conv1d", TORCH_BOX(&bitkernels::check_causal_conv1d));
-  m.impl("check_causal_conv1d_step", TORCH_BOX(&bitkernels::check_causal_conv1d_step));
 }

@@ -15,25 +15,6 @@ Tensor as_rows(const Tensor& t) {
 
 int64_t row_stride(const Tensor& t) { return t.dim() > 1 ? t.stride(-2) : t.size(-1); }
 
-void check(const char* op, const Tensor& x, const Tensor& z, const Tensor& weight, std::optional<int64_t> group_size) {
-  check_activations(op, x);
-  check_argument(x.dim() >= 1, op, ": x must have at least one dimension");
-  check_same_device(op, "z", z, x);
-  check_dtype(op, "z", z, x.scalar_type());
-  check_argument(shape(z) == shape(x), op, ": z must be of x's shape ", shape(x), ", got ", shape(z));
-  check_same_device(op, "weight", weight, x);
-  check_floating(op, "weight", weight);
-  check_shape(op, "weight", weight, {x.size(-1)});
-  check_argument(!group_size || (*group_size > 0 && x.size(-1) % *group_size == 0), op,
-                 ": group_size must divide the last axis of x, ", x.size(-1), ", got ", group_size.value_or(0));
-}
-
-Tensor checked_rows(const char* op, const Tensor& x, const Tensor& z, const Tensor& weight,
-                    std::optional<int64_t> group_size) {
-  check(op, x, z, weight, group_size);
-  return as_rows(x);
-}
-
 // The kernel's description of the problem, and what keeps its pointers alive.
 struct Norm {
   Tensor x, z, weight;
@@ -41,7 +22,7 @@ struct Norm {
 
   Norm(const char* op, const Tensor& x_in, const Tensor& z_in, const Tensor& weight_in, double eps,
        std::optional<int64_t> group_size)
-      : x(checked_rows(op, x_in, z_in, weight_in, group_size)),
+      : x(check(op, x_in, z_in, weight_in, group_size)),
         z(as_rows(z_in)),
         weight(as_dtype(weight_in, scale_type(x_in.scalar_type()))),
         args{.x = x.const_data_ptr(),
@@ -55,12 +36,22 @@ struct Norm {
              .group_size = group_size.value_or(x.size(-1)),
              .x_row = row_stride(x),
              .z_row = row_stride(z)} {}
-};
 
-void check_gated_rms_norm(const Tensor& x, const Tensor& z, const Tensor& weight, double eps,
-                          std::optional<int64_t> group_size) {
-  check("gated_rms_norm", x, z, weight, group_size);
-}
+  static Tensor check(const char* op, const Tensor& x, const Tensor& z, const Tensor& weight,
+                      std::optional<int64_t> group_size) {
+    kernel_dtype(op, "x", x.scalar_type());
+    check_argument(x.dim() >= 1, op, ": x must have at least one dimension");
+    check_same_device(op, "z", z, x);
+    check_dtype(op, "z", z, x.scalar_type());
+    check_argument(shape(z) == shape(x), op, ": z must be of x's shape ", shape(x), ", got ", shape(z));
+    check_same_device(op, "weight", weight, x);
+    check_floating(op, "weight", weight);
+    check_shape(op, "weight", weight, {x.size(-1)});
+    check_argument(!group_size || (*group_size > 0 && x.size(-1) % *group_size == 0), op,
+                   ": group_size must divide the last axis of x, ", x.size(-1), ", got ", group_size.value_or(0));
+    return as_rows(x);
+  }
+};
 
 Tensor gated_rms_norm(const Tensor& x, const Tensor& z, const Tensor& weight, double eps,
                       std::optional<int64_t> group_size) {
@@ -102,8 +93,4 @@ std::tuple<Tensor, Tensor, Tensor> gated_rms_norm_backward(const Tensor& dy, con
 STABLE_TORCH_LIBRARY_IMPL(bitkernels, CPU, m) {
   m.impl("gated_rms_norm", TORCH_BOX(&bitkernels::gated_rms_norm));
   m.impl("gated_rms_norm_backward", TORCH_BOX(&bitkernels::gated_rms_norm_backward));
-}
-
-STABLE_TORCH_LIBRARY_IMPL(bitkernels, CUDA, m) {
-  m.impl("check_gated_rms_norm", TORCH_BOX(&bitkernels::check_gated_rms_norm));
 }

@@ -35,11 +35,11 @@ inline void check_integer(const char* op, const char* argument, const Tensor& t)
                  " must be int32 or int64, got ", name_of(t.scalar_type()));
 }
 
-// CUDA tensors go on to Triton, which has no use for float64.
-inline void check_activations(const char* op, const Tensor& x) {
-  kernel_dtype(op, "x", x.scalar_type());
-  check_argument(!x.is_cuda() || x.scalar_type() != ScalarType::Double, op,
-                 ": x must be float32, bfloat16 or float16 on CUDA, got ", name_of(x.scalar_type()));
+inline void check_floating(const char* op, const char* argument, const Tensor& t) {
+  const ScalarType dtype = t.scalar_type();
+  check_argument(dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::BFloat16 ||
+                     dtype == ScalarType::Half,
+                 op, ": ", argument, " must be a floating-point tensor, got ", name_of(dtype));
 }
 
 inline void check_rank(const char* op, const char* argument, const Tensor& t, int64_t rank, const char* form) {

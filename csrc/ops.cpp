@@ -63,19 +63,4 @@ STABLE_TORCH_LIBRARY(bitkernels, m) {
   m.def(
       "gated_rms_norm_backward(Tensor dy, Tensor x, Tensor z, Tensor weight, float eps=1e-05, "
       "SymInt? group_size=None) -> (Tensor dx, Tensor dz, Tensor dweight)");
-
-  // The checks of the operators that run on Triton for CUDA tensors: the ones their CPU half makes.
-  m.def(
-      "check_ssd_scan(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D=None, Tensor? z=None, "
-      "Tensor? dt_bias=None, Tensor? initial_states=None, Tensor? seq_idx=None, Tensor? cu_seqlens=None, "
-      "bool dt_softplus=False, float dt_min=0.0, float? dt_max=None, int chunk_size=64) -> ()");
-  m.def(
-      "check_ssd_step(Tensor state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D=None, "
-      "Tensor? z=None, Tensor? dt_bias=None, bool dt_softplus=False, float dt_min=0.0, float? dt_max=None) -> ()");
-  m.def(
-      "check_causal_conv1d(Tensor x, Tensor weight, Tensor? bias=None, Tensor? initial_state=None, "
-      "Tensor? seq_idx=None, bool silu=True) -> ()");
-  m.def(
-      "check_causal_conv1d_step(Tensor conv_state, Tensor x, Tensor weight, Tensor? bias=None, bool silu=True) -> ()");
-  m.def("check_gated_rms_norm(Tensor x, Tensor z, Tensor weight, float eps=1e-05, SymInt? group_size=None) -> ()");
 }

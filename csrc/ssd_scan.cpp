@@ -14,52 +14,6 @@ struct Arguments {
   int64_t chunk_size;
 };
 
-// All that can be told without reading a tensor's values.
-void check(const char* op, const Arguments& a) {
-  check_activations(op, a.x);
-  check_rank(op, "x", a.x, 4, "[B, T, H, P]");
-  const int64_t batch = a.x.size(0), T = a.x.size(1), H = a.x.size(2), P = a.x.size(3);
-  check_argument(a.chunk_size > 0, op, ": chunk_size must be positive, got ", a.chunk_size);
-  limit_of(op, a.dt_min, a.dt_max);
-
-  check_same_device(op, "dt", a.dt, a.x);
-  check_floating(op, "dt", a.dt);
-  check_shape(op, "dt", a.dt, {batch, T, H});
-  check_same_device(op, "B", a.B, a.x);
-  check_dtype(op, "B", a.B, a.x.scalar_type());
-  check_rank(op, "B", a.B, 4, "[B, T, G, N]");
-  check_shape(op, "B", a.B, {batch, T, a.B.size(2), a.B.size(3)});
-  check_groups(op, a.B, a.B.size(2), H);
-  check_same_device(op, "C", a.C, a.x);
-  check_dtype(op, "C", a.C, a.x.scalar_type());
-  check_shape(op, "C", a.C, {batch, T, a.B.size(2), a.B.size(3)});
-  check_head_parameters(op, a.x, a.A, a.D, a.dt_bias, H, P);
-  if (a.z) {
-    check_same_device(op, "z", *a.z, a.x);
-    check_dtype(op, "z", *a.z, a.x.scalar_type());
-    check_shape(op, "z", *a.z, {batch, T, H, P});
-  }
-  if (a.seq_idx) {
-    check_same_device(op, "seq_idx", *a.seq_idx, a.x);
-    check_integer(op, "seq_idx", *a.seq_idx);
-    check_shape(op, "seq_idx", *a.seq_idx, {batch, T});
-  }
-  int64_t sequences = batch;
-  if (a.cu_seqlens) {
-    check_same_device(op, "cu_seqlens", *a.cu_seqlens, a.x);
-    check_integer(op, "cu_seqlens", *a.cu_seqlens);
-    check_argument(a.cu_seqlens->dim() == 1 && a.cu_seqlens->size(0) >= 1, op, ": cu_seqlens must be [S + 1], got ",
-                   shape(*a.cu_seqlens));
-    check_argument(batch == 1, op, ": x must have a batch of one with cu_seqlens, got ", shape(a.x));
-    sequences = a.cu_seqlens->size(0) - 1;
-  }
-  if (a.initial_states) {
-    check_same_device(op, "initial_states", *a.initial_states, a.x);
-    check_floating(op, "initial_states", *a.initial_states);
-    check_shape(op, "initial_states", *a.initial_states, {sequences, H, P, a.B.size(3)});
-  }
-}
-
 std::vector<cpu::Sequence> sequences(const char* op, const Tensor& x, const std::optional<Tensor>& cu_seqlens) {
   const int64_t batch = x.size(0), time = x.size(1);
   std::vector<cpu::Sequence> out;
@@ -72,6 +26,11 @@ std::vector<cpu::Sequence> sequences(const char* op, const Tensor& x, const std:
     for (int64_t b = 0; b < batch; ++b) add(b, 0, time);
     return out;
   }
+  check_same_device(op, "cu_seqlens", *cu_seqlens, x);
+  check_integer(op, "cu_seqlens", *cu_seqlens);
+  check_argument(cu_seqlens->dim() == 1 && cu_seqlens->size(0) >= 1, op, ": cu_seqlens must be [S + 1], got ",
+                 shape(*cu_seqlens));
+  check_argument(batch == 1, op, ": x must have a batch of one with cu_seqlens, got ", shape(x));
   const Tensor ends = as_dtype(*cu_seqlens, ScalarType::Long);
   const int64_t* end = static_cast<const int64_t*>(ends.const_data_ptr());
   const int64_t count = ends.size(0) - 1;
@@ -84,11 +43,6 @@ std::vector<cpu::Sequence> sequences(const char* op, const Tensor& x, const std:
   return out;
 }
 
-std::vector<cpu::Sequence> checked_sequences(const char* op, const Arguments& a) {
-  check(op, a);
-  return sequences(op, a.x, a.cu_seqlens);
-}
-
 // The kernel's description of the problem, and what keeps its pointers alive.
 struct Scan {
   std::vector<cpu::Sequence> sequences;
@@ -97,7 +51,7 @@ struct Scan {
   cpu::SsdScan args;
 
   Scan(const char* op, const Arguments& a)
-      : sequences(checked_sequences(op, a)),
+      : sequences(check(op, a)),
         x(inner_dense(a.x)),
         dt(a.dt.scalar_type() == acc() ? a.dt : torch::stable::to(a.dt, acc())),
         A(as_dtype(a.A, acc())),
@@ -138,16 +92,44 @@ struct Scan {
   ScalarType acc() const { return scale_type(x.scalar_type()); }
 
   std::vector<int64_t> state_sizes() const { return {args.S, args.H, args.P, args.N}; }
-};
 
-void check_ssd_scan(const Tensor& x, const Tensor& dt, const Tensor& A, const Tensor& B, const Tensor& C,
-                    const std::optional<Tensor>& D, const std::optional<Tensor>& z,
-                    const std::optional<Tensor>& dt_bias, const std::optional<Tensor>& initial_states,
-                    const std::optional<Tensor>& seq_idx, const std::optional<Tensor>& cu_seqlens, bool dt_softplus,
-                    double dt_min, std::optional<double> dt_max, int64_t chunk_size) {
-  check("ssd_scan",
-        {x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, cu_seqlens, dt_softplus, dt_min, dt_max, chunk_size});
-}
+  static std::vector<cpu::Sequence> check(const char* op, const Arguments& a) {
+    kernel_dtype(op, "x", a.x.scalar_type());
+    check_rank(op, "x", a.x, 4, "[B, T, H, P]");
+    const int64_t batch = a.x.size(0), T = a.x.size(1), H = a.x.size(2), P = a.x.size(3);
+    check_argument(a.chunk_size > 0, op, ": chunk_size must be positive, got ", a.chunk_size);
+
+    check_same_device(op, "dt", a.dt, a.x);
+    check_floating(op, "dt", a.dt);
+    check_shape(op, "dt", a.dt, {batch, T, H});
+    check_same_device(op, "B", a.B, a.x);
+    check_dtype(op, "B", a.B, a.x.scalar_type());
+    check_rank(op, "B", a.B, 4, "[B, T, G, N]");
+    check_shape(op, "B", a.B, {batch, T, a.B.size(2), a.B.size(3)});
+    check_groups(op, a.B, a.B.size(2), H);
+    check_same_device(op, "C", a.C, a.x);
+    check_dtype(op, "C", a.C, a.x.scalar_type());
+    check_shape(op, "C", a.C, {batch, T, a.B.size(2), a.B.size(3)});
+    check_head_parameters(op, a.x, a.A, a.D, a.dt_bias, H, P);
+    if (a.z) {
+      check_same_device(op, "z", *a.z, a.x);
+      check_dtype(op, "z", *a.z, a.x.scalar_type());
+      check_shape(op, "z", *a.z, {batch, T, H, P});
+    }
+    if (a.seq_idx) {
+      check_same_device(op, "seq_idx", *a.seq_idx, a.x);
+      check_integer(op, "seq_idx", *a.seq_idx);
+      check_shape(op, "seq_idx", *a.seq_idx, {batch, T});
+    }
+    std::vector<cpu::Sequence> out = bitkernels::sequences(op, a.x, a.cu_seqlens);
+    if (a.initial_states) {
+      check_same_device(op, "initial_states", *a.initial_states, a.x);
+      check_floating(op, "initial_states", *a.initial_states);
+      check_shape(op, "initial_states", *a.initial_states, {static_cast<int64_t>(out.size()), H, P, a.B.size(3)});
+    }
+    return out;
+  }
+};
 
 std::tuple<Tensor, Tensor> ssd_scan(const Tensor& x, const Tensor& dt, const Tensor& A, const Tensor& B,
                                     const Tensor& C, const std::optional<Tensor>& D, const std::optional<Tensor>& z,
@@ -224,5 +206,3 @@ STABLE_TORCH_LIBRARY_IMPL(bitkernels, CPU, m) {
   m.impl("ssd_scan", TORCH_BOX(&bitkernels::ssd_scan));
   m.impl("ssd_scan_backward", TORCH_BOX(&bitkernels::ssd_scan_backward));
 }
-
-STABLE_TORCH_LIBRARY_IMPL(bitkernels, CUDA, m) { m.impl("check_ssd_scan", TORCH_BOX(&bitkernels::check_ssd_scan)); }

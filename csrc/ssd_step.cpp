@@ -4,15 +4,14 @@
 namespace bitkernels {
 namespace {
 
-void check_ssd_step(const Tensor& state, const Tensor& x, const Tensor& dt, const Tensor& A, const Tensor& B,
-                    const Tensor& C, const std::optional<Tensor>& D, const std::optional<Tensor>& z,
-                    const std::optional<Tensor>& dt_bias, bool dt_softplus, double dt_min,
-                    std::optional<double> dt_max) {
+Tensor ssd_step(Tensor state, const Tensor& x, const Tensor& dt, const Tensor& A, const Tensor& B, const Tensor& C,
+                const std::optional<Tensor>& D, const std::optional<Tensor>& z, const std::optional<Tensor>& dt_bias,
+                bool dt_softplus, double dt_min, std::optional<double> dt_max) {
   constexpr const char* op = "ssd_step";
-  check_activations(op, x);
-  kernel_dtype(op, "state", state.scalar_type());
+  const DType dtype = kernel_dtype(op, "x", x.scalar_type());
+  const DType state_dtype = kernel_dtype(op, "state", state.scalar_type());
   check_same_device(op, "state", state, x);
-  check_argument((x.scalar_type() == ScalarType::Double) == (state.scalar_type() == ScalarType::Double), op,
+  check_argument((dtype == DType::kFloat64) == (state_dtype == DType::kFloat64), op,
                  ": state must be Double where and only where x is, got ", name_of(state.scalar_type()));
   check_rank(op, "x", x, 3, "[B, H, P]");
   check_rank(op, "B", B, 3, "[B, G, N]");
@@ -34,17 +33,6 @@ void check_ssd_step(const Tensor& state, const Tensor& x, const Tensor& dt, cons
     check_dtype(op, "z", *z, x.scalar_type());
     check_shape(op, "z", *z, {batch, H, P});
   }
-  limit_of(op, dt_min, dt_max);
-}
-
-Tensor ssd_step(Tensor state, const Tensor& x, const Tensor& dt, const Tensor& A, const Tensor& B, const Tensor& C,
-                const std::optional<Tensor>& D, const std::optional<Tensor>& z, const std::optional<Tensor>& dt_bias,
-                bool dt_softplus, double dt_min, std::optional<double> dt_max) {
-  constexpr const char* op = "ssd_step";
-  check_ssd_step(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_min, dt_max);
-  const DType dtype = kernel_dtype(op, "x", x.scalar_type());
-  const DType state_dtype = kernel_dtype(op, "state", state.scalar_type());
-  const int64_t batch = x.size(0), H = x.size(1), P = x.size(2), G = B.size(1), N = B.size(2);
   const double high = limit_of(op, dt_min, dt_max);
   Tensor y = torch::stable::new_empty(x, x.sizes());
   if (batch == 0) return y;
@@ -88,5 +76,3 @@ Tensor ssd_step(Tensor state, const Tensor& x, const Tensor& dt, const Tensor& A
 }  // namespace bitkernels
 
 STABLE_TORCH_LIBRARY_IMPL(bitkernels, CPU, m) { m.impl("ssd_step", TORCH_BOX(&bitkernels::ssd_step)); }
-
-STABLE_TORCH_LIBRARY_IMPL(bitkernels, CUDA, m) { m.impl("check_ssd_step", TORCH_BOX(&bitkernels::check_ssd_step)); }
