@@ -36,7 +36,7 @@ void ssd_scan(const SsdScan& p, Executor parallel_for) {
   });
   parallel_for(p.S * p.H, 1, [&](int64_t begin, int64_t end) {
     const auto memory = make_scratch(ScanLayout(p).forward_scratch(), p.dtype);
-    for (int64_t i = begin; i < end; ++i) kernels.scan_head(p, i / p.H, i % p.H, memory.get());
+    kernels.scan_heads(p, begin, end, memory.get());
   });
 }
 
