@@ -64,7 +64,7 @@ def quantize_int8(x: Tensor) -> tuple[Tensor, Tensor]:
     ``scale = 127 / max(absmax, 1e-5)``; ``q = clip(round_half_even(x * scale), -128, 127)``.
     """
     x = x.float()
-    absmax = x.abs().amax(-1).clamp(min=1e-5)
+    absmax = (x.abs().amax(-1) if x.shape[-1] else x.new_zeros(x.shape[:-1])).clamp(min=1e-5)
     scale = torch.full_like(absmax, 127.0) / absmax  # 127.0 / absmax would round twice: reciprocal, then product
     q = (x * scale.unsqueeze(-1)).round().clamp(-128, 127)
     return q.to(torch.int8), scale

@@ -35,13 +35,6 @@ inline void check_integer(const char* op, const char* argument, const Tensor& t)
                  " must be int32 or int64, got ", name_of(t.scalar_type()));
 }
 
-inline void check_floating(const char* op, const char* argument, const Tensor& t) {
-  const ScalarType dtype = t.scalar_type();
-  check_argument(dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::BFloat16 ||
-                     dtype == ScalarType::Half,
-                 op, ": ", argument, " must be a floating-point tensor, got ", name_of(dtype));
-}
-
 inline void check_rank(const char* op, const char* argument, const Tensor& t, int64_t rank, const char* form) {
   check_argument(t.dim() == rank, op, ": ", argument, " must be ", form, ", got ", shape(t));
 }

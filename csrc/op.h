@@ -76,6 +76,13 @@ inline void check_dtype(const char* op, const char* argument, const Tensor& t, S
                   name_of(t.scalar_type()));
 }
 
+inline void check_floating(const char* op, const char* argument, const Tensor& t) {
+  const ScalarType dtype = t.scalar_type();
+  check_argument(dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::BFloat16 ||
+                     dtype == ScalarType::Half,
+                 op, ": ", argument, " must be a floating-point tensor, got ", name_of(dtype));
+}
+
 inline void check_shape(const char* op, const char* argument, const Tensor& t, std::initializer_list<int64_t> expected) {
   check_argument(shape(t) == Shape{expected}, op, ": ", argument, " must be of shape ",
                   Shape{expected}, ", got ", shape(t));

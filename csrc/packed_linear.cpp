@@ -19,6 +19,8 @@ Problem check(const char* op, const Tensor& x, const Tensor& w_packed, const Ten
   check_same_device(op, "w_packed", w_packed, x);
   check_same_device(op, "alpha", alpha, x);
   check_same_device(op, "beta", beta, x);
+  check_floating(op, "alpha", alpha);
+  check_floating(op, "beta", beta);
   const int64_t K = x.size(-1);
   check_packed(op, w_packed, K, kSignsPerWord);
   const int64_t N = w_packed.size(0);
@@ -34,6 +36,7 @@ Tensor packed_linear(const Tensor& x, const Tensor& w_packed, const Tensor& alph
   const Problem p = check(op, x, w_packed, alpha, beta);
   if (bias) {
     check_same_device(op, "bias", *bias, x);
+    check_floating(op, "bias", *bias);
     check_shape(op, "bias", *bias, {p.N});
   }
   Tensor y = torch::stable::new_empty(x, sizes_with_last(x, p.N));

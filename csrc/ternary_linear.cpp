@@ -16,6 +16,7 @@ Problem check(const char* op, const char* argument, const Tensor& x, const Tenso
   const DType dtype = kernel_dtype(op, argument, x.scalar_type());
   check_same_device(op, "w_packed", w_packed, x);
   check_same_device(op, "scale", scale, x);
+  check_floating(op, "scale", scale);
   check_packed(op, w_packed, K, kTernaryPerWord);
   check_argument(scale.numel() == 1, op, ": scale must be of shape [1], got ", shape(scale));
   return {dtype, scale_type(x.scalar_type()), rows(x), w_packed.size(0), K};
@@ -29,6 +30,7 @@ Tensor ternary_linear(const Tensor& x, const Tensor& w_packed, const Tensor& sca
   const Problem p = check(op, "x", x, w_packed, scale, x.size(-1));
   if (bias) {
     check_same_device(op, "bias", *bias, x);
+    check_floating(op, "bias", *bias);
     check_shape(op, "bias", *bias, {p.N});
   }
   Tensor y = torch::stable::new_empty(x, sizes_with_last(x, p.N));

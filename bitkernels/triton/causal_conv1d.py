@@ -11,6 +11,14 @@ from torch import Tensor
 
 from bitkernels.triton import arguments
 from bitkernels.triton.elementwise import silu, silu_gradient
+from bitkernels.triton.mixer_arguments import (
+    check_activation,
+    check_convolution,
+    check_floating,
+    check_like,
+    check_rank,
+    check_taps,
+)
 
 BLOCK_T = 32
 BLOCK_C = 128
@@ -258,6 +266,7 @@ def causal_conv1d(
     silu: bool = True,
 ) -> Tensor:
     """``bitkernels::causal_conv1d``."""
+    check_convolution("causal_conv1d", x, weight, bias, initial_state, seq_idx)
     batch, T, C = x.shape
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel() == 0:
@@ -280,6 +289,9 @@ def causal_conv1d_backward(
     silu: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``bitkernels::causal_conv1d_backward``."""
+    op = "causal_conv1d_backward"
+    check_convolution(op, x, weight, bias, initial_state, seq_idx)
+    check_like(op, "dy", dy, x, tuple(x.shape))
     batch, T, C = x.shape
     width = weight.shape[1]
     fresh = {"dtype": torch.float32, "device": x.device}
@@ -306,7 +318,12 @@ def causal_conv1d_step(
     conv_state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None, silu: bool = True
 ) -> Tensor:
     """``bitkernels::causal_conv1d_step``."""
+    op = "causal_conv1d_step"
+    check_activation(op, "x", x)
+    check_rank(op, "x", x, "[B, C]")
+    check_taps(op, x, weight, bias)
     batch, C = x.shape
+    check_floating(op, "conv_state", conv_state, x, (batch, weight.shape[1] - 1, C))
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel() == 0:
         return y

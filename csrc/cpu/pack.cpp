@@ -9,20 +9,35 @@ namespace {
 
 constexpr int64_t kGrainWords = 1024;
 
+// Eight codes, one a byte and the first in the lowest, moved together by halving the gaps three times.
+template <int kBits>
+uint32_t gather(uint64_t codes) {
+  codes = (codes | codes >> (8 - kBits)) & 0x00ff00ff00ff00ffull;
+  codes = (codes | codes >> (16 - 2 * kBits)) & 0x0000ffff0000ffffull;
+  return static_cast<uint32_t>(codes | codes >> (32 - 4 * kBits)) & ((1u << (8 * kBits)) - 1);
+}
+
 // Calls code(w[n, k]) for every weight and stores the codes, `padding` beyond K.
 template <int kBits, typename T, typename Code>
-void pack(const T* w, uint32_t* w_packed, int64_t N, int64_t K, uint32_t padding, Executor run, const Code& code) {
+void pack(const T* w, uint32_t* w_packed, int64_t N, int64_t K, uint8_t padding, Executor run, const Code& code) {
   constexpr int64_t kPerWord = 32 / kBits;
   const int64_t words = ceil_div(K, kPerWord);
   run(N * words, kGrainWords, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t k = i % words * kPerWord;
       const T* values = w + i / words * K + k;
-      uint32_t word = 0;
+      // Two steps, of which the compiler vectorises the first.
+      uint8_t codes[kPerWord];
       if (k + kPerWord <= K) {
-        for (int j = 0; j < kPerWord; ++j) word |= code(values[j]) << (kBits * j);
+        for (int64_t j = 0; j < kPerWord; ++j) codes[j] = code(values[j]);
       } else {
-        for (int j = 0; j < kPerWord; ++j) word |= (k + j < K ? code(values[j]) : padding) << (kBits * j);
+        for (int64_t j = 0; j < kPerWord; ++j) codes[j] = k + j < K ? code(values[j]) : padding;
+      }
+      uint32_t word = 0;
+      for (int64_t j = 0; j < kPerWord; j += 8) {
+        uint64_t eight = 0;
+        for (int64_t byte = 0; byte < 8; ++byte) eight |= static_cast<uint64_t>(codes[j + byte]) << (8 * byte);
+        word |= gather<kBits>(eight) << (kBits * j);
       }
       w_packed[i] = word;
     }
@@ -52,7 +67,7 @@ void pack_sign(const void* w, DType dtype, uint32_t* w_packed, int64_t N, int64_
   visit(dtype, [&](auto element) {
     using T = decltype(element);
     pack<1>(static_cast<const T*>(w), w_packed, N, K, 0, run,
-            [](T v) { return static_cast<uint32_t>(to_float(v) >= 0); });
+            [](T v) -> uint8_t { return to_float(v) >= 0; });
   });
 }
 
@@ -67,8 +82,8 @@ void pack_ternary(const void* w, DType dtype, uint32_t* w_packed, int64_t N, int
   visit(dtype, [&](auto element) {
     using T = decltype(element);
     // Rounding half to even and clipping to [-1, 1] leaves two thresholds: 0.5 itself rounds to zero.
-    pack<2>(static_cast<const T*>(w), w_packed, N, K, 1, run, [](T v) {
-      return 1u + static_cast<uint32_t>(to_float(v) > 0.5f) - static_cast<uint32_t>(to_float(v) < -0.5f);
+    pack<2>(static_cast<const T*>(w), w_packed, N, K, 1, run, [](T v) -> uint8_t {
+      return 1 + (to_float(v) > 0.5f) - (to_float(v) < -0.5f);
     });
   });
 }
