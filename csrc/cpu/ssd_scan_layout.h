@@ -4,6 +4,7 @@
 #include "../mixer_kernels.h"
 
 namespace bitkernels::cpu {
+namespace {  // each instruction set compiles its own
 
 constexpr int kChunk = 32;
 constexpr int64_t kBunch = 4;     // heads that walk over the chunks together
@@ -61,4 +62,5 @@ struct BackwardLayout {
   }
 };
 
+}  // namespace
 }  // namespace bitkernels::cpu
