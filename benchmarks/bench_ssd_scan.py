@@ -52,8 +52,8 @@ def test_ssd_scan(model, B, T, backward, device, compare):
     else:
         scan = mamba.mamba_chunk_scan_combined
         others = [Contender("mamba_ssm", on_copies(wrap(scan), x, dt, A, b, c, CHUNK, **keywords), size)]
-    if device == "cpu":
-        others.append(Contender("recurrence", on_copies(wrap(recurrence), x, dt, A, b, c, **keywords), size))
+    if device == "cpu" and not backward:  # autograd of the recurrence takes seconds
+        others.append(Contender("recurrence", on_copies(recurrence, x, dt, A, b, c, **keywords), size))
     name = f"{model}, B={B}, T={T}, {'forward+backward' if backward else 'forward'}"
     compare(name, ours, others, flops * (3 if backward else 1), shape=[B, T, H, HEADDIM, STATE], dtype=str(dtype),
             headline=(model, T) == ("2.7B", 2048) or device == "cpu")  # fmt: skip

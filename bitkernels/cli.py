@@ -58,13 +58,11 @@ Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 @contextlib.contextmanager
 def _clear_errors() -> Iterator[None]:
     """What a user can put right is one line on stderr and exit status 1."""
-    from bitkernels.demo import DemoError
-
     try:
         yield
     except FileNotFoundError as error:
         _fail(f"{error.filename}: no such file")
-    except (ValueError, OSError, DemoError) as error:
+    except (ValueError, OSError, ImportError) as error:
         _fail(str(error))
 
 
@@ -109,9 +107,12 @@ def demo(
     About 3 minutes on a 2-core CPU, 1 minute on a GPU.
     """
     with _clear_errors():
-        from bitkernels.demo import run_demo
+        from bitkernels.demo import DemoError, run_demo
 
-        run_demo(Console(), out, _device(device), text, seed, fast, prompt)
+        try:
+            run_demo(Console(), out, _device(device), text, seed, fast, prompt)
+        except DemoError as error:
+            _fail(str(error))
 
 
 @app.command()
@@ -128,9 +129,9 @@ def train(
     ] = None,
     weight_format: Annotated[WeightFormat, typer.Option("--format", help="Of the low-bit weights.")] = "binary",
     scales: Annotated[Scales, typer.Option(help="Axis of the binary scales.")] = "column",
-    steps: Annotated[int, typer.Option(min=1)] = 500,
+    steps: Annotated[int, typer.Option(min=1, help="Updates of the weights.")] = 500,
     seconds: Annotated[float | None, typer.Option(help="Train fewer steps where all would take longer.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1)] = 8,
+    batch_size: Annotated[int, typer.Option(min=1, help="Windows in a step.")] = 8,
     length: Annotated[int, typer.Option(min=1, help="Tokens of a training window.")] = 128,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 4e-3,
     autocast: Annotated[bool, typer.Option(help="bf16 activations; latent weights stay fp32.")] = False,
@@ -206,7 +207,7 @@ def pack(
 def generate(
     file: Annotated[Path, typer.Argument(help="A checkpoint, packed or not.")] = _DEMO_PACKED,
     prompt: Annotated[str, typer.Option(help="What the text starts with.")] = "In the beginning",
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 200,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 200,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.7,
     top_k: Annotated[int | None, typer.Option(min=1, help="Draw from the k likeliest tokens.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Draw from the likeliest that together reach p.")] = 0.9,

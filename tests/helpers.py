@@ -25,6 +25,12 @@ def assert_close(name: str, out: Tensor, ref: Tensor, tolerance: float | None = 
     assert error <= tolerance, f"{name}: error {error:.3g} above {tolerance:.3g}"
 
 
+def cancellation(terms: Tensor) -> float:
+    """How far a sum's terms exceed their sum, by which its relative error exceeds theirs; at least 1."""
+    terms = terms.detach().flatten()
+    return max(1.0, (terms.square().sum().sqrt() / terms.sum().abs()).item())
+
+
 def wide(*tensors):
     """Leaves in float64 on the CPU that take gradients where their sources do; integers and None as they are."""
     out = []

@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from helpers import TOLERANCE, assert_close, check_compile, check_cuda_graph, noncontiguous, opcheck, wide
+from helpers import TOLERANCE, assert_close, check_compile, check_cuda_graph, noncontiguous, opcheck, rms_error, wide
 
 import bitkernels
 from bitkernels import reference
@@ -117,10 +117,32 @@ def test_gradients(case, dtype, device):
     grads = [torch.randn_like(out) for out in outputs]
     torch.autograd.backward(outputs, grads)
     torch.autograd.backward(outputs_ref, [g.double().cpu() for g in grads])
+    spread = sensitivity(case, tensors, grads, dtype)
     for name, t, leaf in zip(NAMES, tensors, leaves, strict=True):
         if t is not None and t.requires_grad:
             assert t.grad.dtype == t.dtype
-            assert_close(f"d{name}", t.grad, leaf.grad, TOLERANCE[dtype])
+            assert_close(f"d{name}", t.grad, leaf.grad, TOLERANCE[dtype] + 2 * spread.get(name, 0.0))
+
+
+def sensitivity(case, tensors, grads, dtype):
+    """How much the true gradients of A and dt_bias change with the last bit of the activations.
+
+    They are sums over every token that may cancel, and products in 16 bits round their operands as much.
+    """
+    if dtype == torch.float32:
+        return {}
+
+    def gradients(nudge):
+        leaves = wide(*tensors)
+        nudged = list(leaves)
+        for i in (0, 3, 4):
+            nudged[i] = leaves[i] * (1 + nudge * torch.finfo(dtype).eps * (torch.rand_like(leaves[i]) - 0.5))
+        outputs = reference.ssd_scan(*nudged, case.softplus, case.dt_limit)
+        torch.autograd.backward(outputs, [g.double().cpu() for g in grads])
+        return {"A": leaves[2].grad, "dt_bias": None if leaves[7] is None else leaves[7].grad}
+
+    exact, nudged = gradients(0), gradients(1)
+    return {name: rms_error(nudged[name], g) for name, g in exact.items() if g is not None}
 
 
 @pytest.mark.parametrize("case", [CASES[5], CASES[8]], ids=str)
@@ -175,7 +197,8 @@ def test_noncontiguous(dtype, device):
     views[0], views[3], views[4] = parts[0].unflatten(-1, (4, 16)), *(p.unflatten(-1, (2, 16)) for p in parts[1:])
     views[6] = tensors[6].transpose(1, 2).contiguous().transpose(1, 2)
     for out, out_expected in zip(run(case, views), expected, strict=True):
-        assert torch.equal(out, out_expected)
+        # Other strides may compile to another order of the same sums.
+        assert_close("out", out, out_expected.double())
 
 
 def test_expanded_gradient(device):

@@ -95,10 +95,11 @@ def _reporter(
 
     def on_step(step: int, loss: Tensor) -> None:
         done = step + 1
-        if done % read_every and done != config.steps:
+        look = done % every == 0 or done == config.steps
+        if done % read_every and not look:
             return
         progress.update(task, completed=done, loss=float(loss))
-        if done % every == 0 or done == config.steps:
+        if look:
             held_out = perplexity(model, glance, config.length)
             model.train()
             progress.update(task, held_out=held_out)

@@ -4,12 +4,12 @@ Loaded by ``bitkernels._ops``, which decides what serves CUDA tensors.
 """
 
 
-def register_scan() -> None:
+def register_scan(dispatch_key: str = "CUDA") -> None:
     """Registers the scan, convolution and norm for CUDA tensors."""
     from bitkernels.triton import causal_conv1d, gated_rms_norm, ssd_scan, ssd_step
 
     for module in (causal_conv1d, gated_rms_norm, ssd_scan, ssd_step):
-        module.register()
+        module.register(dispatch_key)
 
 
 def register_packed(dispatch_key: str = "CUDA") -> None:

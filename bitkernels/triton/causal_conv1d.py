@@ -9,7 +9,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bitkernels.triton import arguments
 from bitkernels.triton.elementwise import silu, silu_gradient
+from bitkernels.triton.mixer_arguments import (
+    check_activation,
+    check_convolution,
+    check_floating,
+    check_like,
+    check_rank,
+    check_taps,
+)
 
 BLOCK_T = 32
 BLOCK_C = 128
@@ -257,6 +266,7 @@ def causal_conv1d(
     silu: bool = True,
 ) -> Tensor:
     """``bitkernels::causal_conv1d``."""
+    check_convolution("causal_conv1d", x, weight, bias, initial_state, seq_idx)
     batch, T, C = x.shape
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel() == 0:
@@ -279,6 +289,9 @@ def causal_conv1d_backward(
     silu: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``bitkernels::causal_conv1d_backward``."""
+    op = "causal_conv1d_backward"
+    check_convolution(op, x, weight, bias, initial_state, seq_idx)
+    check_like(op, "dy", dy, x, tuple(x.shape))
     batch, T, C = x.shape
     width = weight.shape[1]
     fresh = {"dtype": torch.float32, "device": x.device}
@@ -305,7 +318,12 @@ def causal_conv1d_step(
     conv_state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None, silu: bool = True
 ) -> Tensor:
     """``bitkernels::causal_conv1d_step``."""
+    op = "causal_conv1d_step"
+    check_activation(op, "x", x)
+    check_rank(op, "x", x, "[B, C]")
+    check_taps(op, x, weight, bias)
     batch, C = x.shape
+    check_floating(op, "conv_state", conv_state, x, (batch, weight.shape[1] - 1, C))
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel() == 0:
         return y
@@ -317,7 +335,5 @@ def causal_conv1d_step(
     return y
 
 
-def register() -> None:
-    torch.library.impl("bitkernels::causal_conv1d", "CUDA", causal_conv1d)
-    torch.library.impl("bitkernels::causal_conv1d_backward", "CUDA", causal_conv1d_backward)
-    torch.library.impl("bitkernels::causal_conv1d_step", "CUDA", causal_conv1d_step)
+def register(dispatch_key: str = "CUDA") -> None:
+    arguments.register(dispatch_key, causal_conv1d, causal_conv1d_backward, causal_conv1d_step)

@@ -5,7 +5,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bitkernels.triton import arguments
 from bitkernels.triton.elementwise import silu, silu_gradient
+from bitkernels.triton.mixer_arguments import check_like, check_norm
 
 # Strips of rows in the backward; each adds up its part of the weight's gradient.
 STRIPS = 512
@@ -101,6 +103,7 @@ def _rows(t: Tensor) -> Tensor:
 
 def gated_rms_norm(x: Tensor, z: Tensor, weight: Tensor, eps: float = 1e-5, group_size: int | None = None) -> Tensor:
     """``bitkernels::gated_rms_norm``."""
+    check_norm("gated_rms_norm", x, z, weight, group_size)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel() == 0:
         return y
@@ -117,6 +120,9 @@ def gated_rms_norm_backward(
     dy: Tensor, x: Tensor, z: Tensor, weight: Tensor, eps: float = 1e-5, group_size: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``bitkernels::gated_rms_norm_backward``."""
+    op = "gated_rms_norm_backward"
+    check_norm(op, x, z, weight, group_size)
+    check_like(op, "dy", dy, x, tuple(x.shape))
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     dz = torch.empty_like(dx)
     D = x.shape[-1]
@@ -133,6 +139,5 @@ def gated_rms_norm_backward(
     return dx, dz, dweight.sum(0)
 
 
-def register() -> None:
-    torch.library.impl("bitkernels::gated_rms_norm", "CUDA", gated_rms_norm)
-    torch.library.impl("bitkernels::gated_rms_norm_backward", "CUDA", gated_rms_norm_backward)
+def register(dispatch_key: str = "CUDA") -> None:
+    arguments.register(dispatch_key, gated_rms_norm, gated_rms_norm_backward)

@@ -5,7 +5,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bitkernels.triton import arguments
 from bitkernels.triton.elementwise import silu, step_options
+from bitkernels.triton.mixer_arguments import check_scan
 from bitkernels.triton.ssd_scan_backward import ssd_scan_backward
 from bitkernels.triton.ssd_states import (
     chunk_span,
@@ -16,6 +18,7 @@ from bitkernels.triton.ssd_states import (
     load_segments,
     load_steps,
     load_tile,
+    pair_decay,
     precision_of,
     prepare,
     strides_of,
@@ -31,6 +34,7 @@ def ssd_scan_kernel(
     p_z,  # [B, T, H, P] or None
     p_step,  # [B, H, T]
     p_total,  # [B, H, T]
+    p_low,  # [B, H, T] or None
     p_seq_idx,  # [B, T] or None
     p_enter,  # [chunks, H, P, N] the state each chunk starts from, None: zero
     p_y,  # [B, T, H, P] contiguous
@@ -86,6 +90,8 @@ def ssd_scan_kernel(
     p_C += i_b * stride_C_b + i_g * stride_C_g
     p_step += (i_b * H + i_h) * T + begin
     p_total += (i_b * H + i_h) * T + begin
+    if p_low is not None:
+        p_low += (i_b * H + i_h) * T + begin
     p_y += (i_b * T * H + i_h) * P
     if p_z is not None:
         p_z += i_b * stride_z_b + i_h * stride_z_h
@@ -102,11 +108,13 @@ def ssd_scan_kernel(
         o_first = i_block * BLOCK_T
         o_t = begin + o_first + o_i
         m_t = o_i < length - o_first
-        dt, total, last = load_steps(p_step + o_first, p_total + o_first, o_i, length - o_first)
+        dt, total, low, to_end = load_steps(
+            p_step + o_first, p_total + o_first, None if p_low is None else p_low + o_first, o_i, length - o_first
+        )
         reaches = o_i[:, None] >= o_i[None, :]
-        kept = tl.exp(last)
+        kept = tl.exp(last_of(total, BLOCK_T))
         from_enter = tl.exp(total)
-        to_leave = tl.exp(last - total) * dt
+        to_leave = tl.exp(to_end) * dt
         if p_seq_idx is not None:
             segment = load_segments(p_seq_idx, stride_seq_t, o_t, m_t)
             last_segment = last_of(segment, BLOCK_T)
@@ -120,7 +128,7 @@ def ssd_scan_kernel(
         b_C = load_tile(p_C, o_t, stride_C_t, m_t, o_n, stride_C_n, m_n).to(b_x.dtype)
         y = tl.dot(b_C, state.to(b_x.dtype), input_precision=PRECISION) * from_enter[:, None]
         weights = tl.dot(b_C, tl.trans(b_B), input_precision=PRECISION)
-        weights *= tl.exp(tl.where(reaches, total[:, None] - total[None, :], -float("inf"))) * dt[None, :]
+        weights *= pair_decay(total, low, reaches, p_low) * dt[None, :]
         y = tl.dot(weights.to(b_x.dtype), b_x, y, input_precision=PRECISION)
         x = b_x.to(tl.float32)
         if p_D is not None:
@@ -155,9 +163,11 @@ def ssd_scan(
     chunk_size: int = 64,
 ) -> tuple[Tensor, Tensor]:
     """``bitkernels::ssd_scan``. ``chunk_size`` is a hint this implementation does not take."""
-    batch, _, H, P = x.shape
+    sequences = check_scan(
+        "ssd_scan", x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, cu_seqlens, dt_min, dt_max, chunk_size
+    )
+    H, P = x.shape[2:]
     G, N = B.shape[2:]
-    sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     final = torch.empty(sequences, H, P, N, dtype=torch.float32, device=x.device)
     initial = None if initial_states is None else initial_states.contiguous()
@@ -169,7 +179,9 @@ def ssd_scan(
     tile = forward_tile(x.dtype, P, N)
     chunks = divide(x, cu_seqlens, tile)
     A, dt_bias = A.contiguous(), None if dt_bias is None else dt_bias.contiguous()
-    decays = prepare(dt, A, dt_bias, seq_idx, chunks, *step_options(dt_softplus, dt_min, dt_max))
+    decays = prepare(
+        dt, A, dt_bias, seq_idx, chunks, x.dtype == torch.float32, *step_options(dt_softplus, dt_min, dt_max)
+    )
     enter = enter_chunks(x, B, None, decays, chunks, tile, initial, final)
     D_strides = (0, 0) if D is None else (D.stride(0), D.stride(1) if D.dim() == 2 else 0)
     ssd_scan_kernel[(chunks.count, H, triton.cdiv(P, tile.headdim))](
@@ -181,6 +193,5 @@ def ssd_scan(
     return y, final
 
 
-def register() -> None:
-    torch.library.impl("bitkernels::ssd_scan", "CUDA", ssd_scan)
-    torch.library.impl("bitkernels::ssd_scan_backward", "CUDA", ssd_scan_backward)
+def register(dispatch_key: str = "CUDA") -> None:
+    arguments.register(dispatch_key, ssd_scan, ssd_scan_backward)

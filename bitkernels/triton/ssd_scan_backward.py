@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bitkernels.triton.elementwise import silu, silu_gradient, step_options, step_size
+from bitkernels.triton.mixer_arguments import check_floating, check_like, check_scan
 from bitkernels.triton.ssd_states import (
     Tile,
     block_span,
@@ -25,6 +26,7 @@ from bitkernels.triton.ssd_states import (
     load_segments,
     load_steps,
     load_tile,
+    pair_decay,
     precision_of,
     prepare,
     strides_of,
@@ -67,6 +69,7 @@ def ssd_scan_backward_kernel(
     p_dt_bias,  # [H] or None
     p_step,  # [B, H, T]
     p_total,  # [B, H, T]
+    p_low,  # [B, H, T] or None
     p_seq_idx,  # [B, T] or None
     p_h,  # [blocks, H, P, N] the state before each block
     p_dh,  # [blocks, H, P, N] the gradient of the state after it
@@ -156,15 +159,17 @@ def ssd_scan_backward_kernel(
     for i_head in range(i_split * heads, tl.minimum(i_split * heads + heads, HEADS_PER_GROUP)):
         i_h = i_g * HEADS_PER_GROUP + i_head
         o_steps = (i_b * H + i_h) * T + first
-        dt, total, last = load_steps(p_step + o_steps, p_total + o_steps, o_i, count)
-        kept = tl.exp(last)
+        dt, total, low, to_end = load_steps(
+            p_step + o_steps, p_total + o_steps, None if p_low is None else p_low + o_steps, o_i, count
+        )
+        kept = tl.exp(last_of(total, BLOCK_T))
         from_enter = tl.exp(total)
-        to_leave = tl.exp(last - total)
+        to_leave = tl.exp(to_end)
         if p_seq_idx is not None:
             kept = tl.where(last_segment == 0, kept, 0.0)
             from_enter = tl.where(segment == 0, from_enter, 0.0)
             to_leave = tl.where(segment == last_segment, to_leave, 0.0)
-        decay = tl.exp(tl.where(reaches, total[:, None] - total[None, :], -float("inf")))  # [i, j]
+        decay = pair_decay(total, low, reaches, p_low)  # [i, j]
         b_weights = (CB * decay * dt[None, :]).to(b_B.dtype)
 
         dweights = tl.zeros([BLOCK_T, BLOCK_T], tl.float32)  # dy_i x_j
@@ -266,8 +271,14 @@ def ssd_scan_backward(
     chunk_size: int = 64,
 ) -> tuple[Tensor, ...]:
     """``bitkernels::ssd_scan_backward``: recomputes the states instead of storing them in the forward."""
+    op = "ssd_scan_backward"
+    sequences = check_scan(
+        op, x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, cu_seqlens, dt_min, dt_max, chunk_size
+    )
+    check_like(op, "dy", dy, x, tuple(x.shape))
     batch, T, H, P = x.shape
     G, N = B.shape[2:]
+    check_floating(op, "dfinal_states", dfinal_states, x, (sequences, H, P, N))
     fresh = {"device": x.device}
     absent = torch.empty(0, dtype=torch.float32, **fresh)
     initial = None if initial_states is None else initial_states.contiguous()
@@ -292,7 +303,7 @@ def ssd_scan_backward(
     chunks = divide(x, cu_seqlens, tile)
     A, dt_bias = A.contiguous(), None if dt_bias is None else dt_bias.contiguous()
     limits, flags = step_options(dt_softplus, dt_min, dt_max)
-    decays = prepare(dt, A, dt_bias, seq_idx, chunks, limits, flags)
+    decays = prepare(dt, A, dt_bias, seq_idx, chunks, x.dtype == torch.float32, limits, flags)
     n_blocks = chunks.count * chunks.blocks
     h = torch.empty(n_blocks, H, P, N, dtype=x.dtype, **fresh)
     dh = torch.empty_like(h)

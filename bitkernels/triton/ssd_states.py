@@ -84,7 +84,8 @@ def divide(x: Tensor, cu_seqlens: Tensor | None, tile: Tile) -> Chunks:
     sequences = cu_seqlens.shape[0] - 1
     count = triton.cdiv(T, length) + sequences
     first = torch.zeros(sequences + 1, dtype=torch.int64, device=x.device)
-    torch.cumsum((cu_seqlens.diff() + (length - 1)) // length, 0, out=first[1:])
+    torch.cumsum((cu_seqlens.diff().clamp_(min=0) + (length - 1)) // length, 0, out=first[1:])
+    first.clamp_(max=count)  # like the bounds in chunk_span: no cu_seqlens leads outside of x
     # Chunks past the last sequence fall into it and find themselves empty.
     sequence = torch.searchsorted(first[1:], torch.arange(count, device=x.device), right=True).clamp_(max=sequences - 1)
     return Chunks(T, length, tile.time, count, sequences, cu_seqlens, sequence, first)
@@ -102,7 +103,8 @@ def chunk_span(i_chunk, T, length, p_cu_seqlens, p_sequence, p_first):
         i_b = i_chunk * 0
         i_seq = tl.load(p_sequence + i_chunk)
         begin = tl.load(p_cu_seqlens + i_seq).to(tl.int64) + (i_chunk - tl.load(p_first + i_seq)) * length
-        end = tl.load(p_cu_seqlens + i_seq + 1).to(tl.int64)
+        begin = tl.maximum(begin, 0)
+        end = tl.minimum(tl.load(p_cu_seqlens + i_seq + 1).to(tl.int64), T)
     return i_b, begin, tl.maximum(tl.minimum(end - begin, length), 0).to(tl.int32)
 
 
@@ -127,14 +129,30 @@ def load_tile(p_tile, o_row, stride_row, m_row, o_col, stride_col, m_col):
 
 
 @triton.jit
-def load_steps(p_step, p_total, o_i, count):
-    """[BLOCK_T] step sizes and log decays since the block began, and the log decay of the whole block.
+def load_steps(p_step, p_total, p_low, o_i, count):
+    """[BLOCK_T] step sizes, log decays since the block began, and those from there to its end.
 
     Tokens past ``count`` (at least 1) have a step of zero, so that they change nothing.
     """
     step = tl.load(p_step + o_i, mask=o_i < count, other=0.0)
-    total = tl.load(p_total + tl.minimum(o_i, count - 1))
-    return step, total, tl.load(p_total + tl.minimum(count, o_i.shape[0]) - 1)
+    o_i = tl.minimum(o_i, count - 1)
+    o_last = tl.minimum(count, o_i.shape[0]) - 1
+    total = tl.load(p_total + o_i)
+    to_end = tl.load(p_total + o_last) - total
+    low = total
+    if p_low is not None:
+        low = tl.load(p_low + o_i)
+        to_end += tl.load(p_low + o_last) - low
+    return step, total, low, to_end
+
+
+@triton.jit
+def pair_decay(total, low, reaches, p_low):
+    """[BLOCK_T, BLOCK_T] what is left at token i of what token j brought; the exponent is masked, never positive."""
+    exponent = total[:, None] - total[None, :]
+    if p_low is not None:
+        exponent += low[:, None] - low[None, :]
+    return tl.exp(tl.where(reaches, exponent, -float("inf")))
 
 
 @triton.jit
@@ -159,6 +177,7 @@ def steps_kernel(
     p_dt_bias,  # [H] or None
     p_step,  # [B, H, T] float32 receives the step sizes
     p_total,  # [B, H, T] float32 receives the log decays since the block began
+    p_low,  # [B, H, T] float32 receives what float32 loses of them, or None
     H,
     T,
     chunk_length,
@@ -184,11 +203,18 @@ def steps_kernel(
     if p_dt_bias is not None:
         dt += tl.load(p_dt_bias + o_h, mask=m_h, other=0.0).to(tl.float32)[None, :]
     step = tl.where(m_t[:, None], step_size(dt, dt_min, dt_max, SOFTPLUS, CLAMP), 0.0)
-    total = tl.cumsum(step * tl.load(p_A + o_h, mask=m_h, other=0.0).to(tl.float32)[None, :], 0)
+    A = tl.load(p_A + o_h, mask=m_h, other=0.0)
+    if p_low is None:
+        total = tl.cumsum(step * A.to(tl.float32)[None, :], 0)
+    else:
+        exact = tl.cumsum(step.to(tl.float64) * A.to(tl.float64)[None, :], 0)
+        total = exact.to(tl.float32)
     o_out = (i_b * H + o_h)[None, :] * T + o_t[:, None]
     m_out = m_t[:, None] & m_h[None, :]
     tl.store(p_step + o_out, step, mask=m_out)
     tl.store(p_total + o_out, total, mask=m_out)
+    if p_low is not None:
+        tl.store(p_low + o_out, (exact - total.to(tl.float64)).to(tl.float32), mask=m_out)
 
 
 @triton.jit(do_not_specialize=["T", "chunk_length"])
@@ -198,6 +224,7 @@ def walk_states_kernel(
     p_z,  # [B, T, H, P], gates u, or None
     p_step,  # [B, H, T]
     p_total,  # [B, H, T]
+    p_low,  # [B, H, T] or None
     p_seq_idx,  # [B, T] or None
     p_enter,  # [chunks, H, P, N] the state to start from, None: zero
     p_blocks,  # [chunks * blocks, H, P, N] receives the state on entering each block, or None
@@ -247,6 +274,8 @@ def walk_states_kernel(
     p_v += i_b * stride_v_b + (i_h // HEADS_PER_GROUP) * stride_v_g
     p_step += (i_b * H + i_h) * T + begin
     p_total += (i_b * H + i_h) * T + begin
+    if p_low is not None:
+        p_low += (i_b * H + i_h) * T + begin
     if p_z is not None:
         p_z += i_b * stride_z_b + i_h * stride_z_h
     if p_seq_idx is not None:
@@ -266,9 +295,11 @@ def walk_states_kernel(
         o_first = i_block * BLOCK_T
         o_t = begin + o_first + o_i
         m_t = o_i < length - o_first
-        dt, total, last = load_steps(p_step + o_first, p_total + o_first, o_i, length - o_first)
-        decay = tl.exp(last)
-        scale = tl.exp(total) if BACKWARD else tl.exp(last - total) * dt
+        dt, total, _, to_end = load_steps(
+            p_step + o_first, p_total + o_first, None if p_low is None else p_low + o_first, o_i, length - o_first
+        )
+        decay = tl.exp(last_of(total, BLOCK_T))
+        scale = tl.exp(total) if BACKWARD else tl.exp(to_end) * dt
         if p_seq_idx is not None:
             segment = load_segments(p_seq_idx, stride_seq_t, o_t, m_t)
             last_segment = last_of(segment, BLOCK_T)
@@ -333,11 +364,12 @@ class Decays:
 
     step: Tensor  # [B, H, T] float32
     total: Tensor  # [B, H, T] float32
+    low: Tensor | None  # [B, H, T] float32
     seq_idx: Tensor | None  # [B, T]
 
     @property
     def pointers(self) -> tuple:
-        return self.step, self.total, self.seq_idx
+        return self.step, self.total, self.low, self.seq_idx
 
     @property
     def strides(self) -> tuple:
@@ -345,17 +377,29 @@ class Decays:
 
 
 def prepare(
-    dt: Tensor, A: Tensor, dt_bias: Tensor | None, seq_idx: Tensor | None, chunks: Chunks, limits: tuple, flags: dict
+    dt: Tensor,
+    A: Tensor,
+    dt_bias: Tensor | None,
+    seq_idx: Tensor | None,
+    chunks: Chunks,
+    exact: bool,
+    limits: tuple,
+    flags: dict,
 ) -> Decays:
-    """Step sizes and decays; A and dt_bias contiguous, limits and flags as of ``step_options``."""
+    """Step sizes and decays; A and dt_bias contiguous, limits and flags as of ``step_options``.
+
+    A step of 10 with A = -16 adds -160 to a running sum; the differences of such sums that decay little are then good
+    to about 1e-5 only. ``exact`` keeps them as pairs of float32, which float32 results need and 16-bit ones do not.
+    """
     batch, T, H = dt.shape
     step = torch.empty(batch, H, T, dtype=torch.float32, device=dt.device)
     total = torch.empty_like(step)
+    low = torch.empty_like(step) if exact else None
     steps_kernel[(chunks.count * chunks.blocks, triton.cdiv(H, STEPS_BLOCK_H))](
-        dt, A, dt_bias, step, total, H, *chunks.args, *dt.stride(), *limits,
+        dt, A, dt_bias, step, total, low, H, *chunks.args, *dt.stride(), *limits,
         BLOCK_T=chunks.block, BLOCK_H=STEPS_BLOCK_H, **flags, num_warps=4,
     )  # fmt: skip
-    return Decays(step, total, seq_idx)
+    return Decays(step, total, low, seq_idx)
 
 
 def strides_of(t: Tensor | None) -> tuple:

@@ -5,7 +5,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bitkernels.triton import arguments
 from bitkernels.triton.elementwise import silu, step_options, step_size
+from bitkernels.triton.mixer_arguments import check_step
 
 # State elements a program holds; small enough that one request fills the machine.
 TILE = 2048
@@ -102,6 +104,7 @@ def ssd_step(
     dt_max: float | None = None,
 ) -> Tensor:
     """``bitkernels::ssd_step``."""
+    check_step("ssd_step", state, x, dt, A, B, C, D, z, dt_bias, dt_min, dt_max)
     batch, H, P = x.shape
     G, N = B.shape[1:]
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -120,5 +123,5 @@ def ssd_step(
     return y
 
 
-def register() -> None:
-    torch.library.impl("bitkernels::ssd_step", "CUDA", ssd_step)
+def register(dispatch_key: str = "CUDA") -> None:
+    arguments.register(dispatch_key, ssd_step)

@@ -1,7 +1,8 @@
 // How the convolution is shared among threads: by rows of a fixed number of tokens, so that the order
 // of the sums for dweight does not depend on the threads.
+#include "buffer.h"
 #include "causal_conv1d_layout.h"
-#include "mixer_scratch.h"
+#include "mixer_isa.h"
 
 namespace bitkernels::cpu {
 namespace {
@@ -12,10 +13,10 @@ void for_each_block(const CausalConv1d& p, Executor parallel_for, const F& f) {
   const int64_t row_blocks = ceil_div(p.T, kConvTime);
   const int64_t grain = ceil_div(16384, kConvTime * p.C + 1);
   parallel_for(p.batch * row_blocks, grain, [&](int64_t first, int64_t last) {
-    const Scratch scratch = make_scratch(conv_scratch(p.W), p.dtype);
+    const Buffer<char> scratch(conv_scratch(p.W) * acc_size(p.dtype));
     for (int64_t i = first; i < last; ++i) {
       const int64_t begin = i % row_blocks * kConvTime;
-      f(i, i / row_blocks, begin, begin + kConvTime < p.T ? begin + kConvTime : p.T, scratch.get());
+      f(i, i / row_blocks, begin, begin + kConvTime < p.T ? begin + kConvTime : p.T, scratch.data);
     }
   });
 }

@@ -1,5 +1,6 @@
 // How the gated norm is shared among threads.
-#include "mixer_scratch.h"
+#include "buffer.h"
+#include "mixer_isa.h"
 
 namespace bitkernels::cpu {
 namespace {
@@ -18,8 +19,8 @@ int64_t block_rows(const GatedRmsNorm& p) {
 void gated_rms_norm(const GatedRmsNorm& p, Executor parallel_for) {
   const MixerKernels& kernels = mixer_kernels(p.dtype);
   parallel_for(p.M, grain(p), [&](int64_t begin, int64_t end) {
-    const Scratch scratch = make_scratch(ceil_div(p.group_size, 16) * 16, p.dtype);
-    kernels.norm_rows(p, begin, end, scratch.get());
+    const Buffer<char> scratch(ceil_div(p.group_size, 16) * 16 * acc_size(p.dtype));
+    kernels.norm_rows(p, begin, end, scratch.data);
   });
 }
 

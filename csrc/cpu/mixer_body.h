@@ -25,7 +25,7 @@ void step_any_state(const SsdStep& p, int64_t batch, int64_t head) {
 
 template <typename E>
 constexpr MixerKernels kMixerKernels = {
-    scan_group_tiles<E, AccOf<E>>, scan_head<E, AccOf<E>>,          scan_block_backward<E, AccOf<E>>,
+    scan_group_tiles<E, AccOf<E>>, scan_heads<E, AccOf<E>>,         scan_block_backward<E, AccOf<E>>,
     scan_sum_blocks<E, AccOf<E>>,  scan_sum_sequences<AccOf<E>>,    step_any_state<E>,
     conv_rows<E, AccOf<E>>,        conv_rows_backward<E, AccOf<E>>, conv_sum_blocks<AccOf<E>>,
     norm_rows<E, AccOf<E>>,        norm_rows_backward<E, AccOf<E>>, norm_sum_blocks<AccOf<E>>,

@@ -7,7 +7,7 @@ namespace bitkernels::cpu {
 
 struct MixerKernels {
   void (*scan_group_tiles)(const SsdScan&, const Sequence&, int64_t chunk, int64_t group);
-  void (*scan_head)(const SsdScan&, int64_t sequence, int64_t head, void* scratch);
+  void (*scan_heads)(const SsdScan&, int64_t begin, int64_t end, void* scratch);
   void (*scan_block_backward)(const SsdScanBackward&, int64_t sequence, int64_t group, int64_t block, void* scratch);
   void (*scan_sum_blocks)(const SsdScanBackward&, const Sequence&, int64_t chunk, int64_t group);
   void (*scan_sum_sequences)(const SsdScanBackward&, int64_t head);

@@ -1,5 +1,6 @@
 // How the scan and its backward are shared among threads.
-#include "mixer_scratch.h"
+#include "buffer.h"
+#include "mixer_isa.h"
 #include "ssd_scan_layout.h"
 
 namespace bitkernels::cpu {
@@ -35,8 +36,8 @@ void ssd_scan(const SsdScan& p, Executor parallel_for) {
     kernels.scan_group_tiles(p, sequence, chunk, group);
   });
   parallel_for(p.S * p.H, 1, [&](int64_t begin, int64_t end) {
-    const auto memory = make_scratch(ScanLayout(p).forward_scratch(), p.dtype);
-    for (int64_t i = begin; i < end; ++i) kernels.scan_head(p, i / p.H, i % p.H, memory.get());
+    const Buffer<char> memory(ScanLayout(p).forward_scratch() * acc_size(p.dtype));
+    kernels.scan_heads(p, begin, end, memory.data);
   });
 }
 
@@ -54,9 +55,9 @@ void ssd_scan_backward(const SsdScanBackward& g, Executor parallel_for) {
   for (int64_t s = 0; s < p.S; ++s) longest = p.sequences[s].length > longest ? p.sequences[s].length : longest;
   const int64_t blocks = HeadBlocks(p).count;
   parallel_for(p.S * p.G * blocks, 1, [&](int64_t begin, int64_t end) {
-    const auto memory = make_scratch(ScanLayout(p).backward_scratch(ssd_scan_chunks(longest)), p.dtype);
+    const Buffer<char> memory(ScanLayout(p).backward_scratch(ssd_scan_chunks(longest)) * acc_size(p.dtype));
     for (int64_t i = begin; i < end; ++i) {
-      kernels.scan_block_backward(g, i / blocks / p.G, i / blocks % p.G, i % blocks, memory.get());
+      kernels.scan_block_backward(g, i / blocks / p.G, i / blocks % p.G, i % blocks, memory.data);
     }
   });
   for_each_tile(p, parallel_for, [&](const Sequence& sequence, int64_t chunk, int64_t group) {

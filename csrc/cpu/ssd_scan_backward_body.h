@@ -19,39 +19,40 @@ struct HeadScanBackward : HeadScan<E, T> {
   using Forward::length, Forward::p, Forward::sequence, Forward::take, Forward::time, Forward::xd, Forward::y;
 
   const SsdScanBackward& g;
-  T *F, *dy, *dyT, *xT, *dx, *K, *KT, *Q, *dC, *dD, *states;
+  T* F;  // the adjoint, where the forward has its state
+  T *dy, *dyT, *xT, *dx, *K, *KT, *Q, *dC, *dD, *states;
   T *dB_sum, *dC_sum;  // [N, kChunk] a chunk: this block's share of dB^T and dC^T
-  bool first_of_block;
+  bool first_of_block = false;
   T dA = 0, dbias = 0;
 
-  HeadScanBackward(const SsdScanBackward& g, int64_t index, int64_t head, T*& scratch)
-      : Forward(g.forward, index, head, scratch), g(g) {
-    F = take(scratch, p.N * layout.padded);
-    dy = take(scratch, kChunk * layout.padded);
-    dyT = take(scratch, kChunk * layout.padded);
-    xT = take(scratch, kChunk * layout.padded);
-    dx = take(scratch, kChunk * layout.padded);
-    K = take(scratch, kChunk * kChunk);
-    KT = take(scratch, kChunk * kChunk);
-    Q = take(scratch, kChunk * kChunk);
-    dC = take(scratch, p.N * kChunk);
-    dD = take(scratch, layout.padded);
-    states = scratch;  // [chunks, N, padded]
+  HeadScanBackward(const SsdScanBackward& g, int64_t index, int64_t head, T*& shared, T*& own)
+      : Forward(g.forward, index, head, shared, own), g(g), F(S) {
+    dy = take(shared, kChunk * layout.padded);
+    dyT = take(shared, kChunk * layout.padded);
+    xT = take(shared, kChunk * layout.padded);
+    dx = take(shared, kChunk * layout.padded);
+    K = take(shared, kChunk * kChunk);
+    KT = take(shared, kChunk * kChunk);
+    Q = take(shared, kChunk * kChunk);
+    dC = take(shared, p.N * kChunk);
+    dD = take(own, layout.padded);
+    states = take(own, chunks() * p.N * layout.padded);
   }
 
-  void backward() {
+  T* state(int64_t c) const { return states + c * p.N * layout.padded; }
+
+  void begin() {
     for (int64_t i = 0; i < layout.padded; ++i) dD[i] = 0;
-    const int64_t state = p.N * layout.padded;
     if (chunks() > 0) this->load_state(p.initial_states, states);
-    for (int64_t c = 0; c + 1 < chunks(); ++c) {
-      this->enter(c);
-      this->advance(states + c * state, states + (c + 1) * state);
-    }
     this->load_state(g.dfinal_states, F);
-    for (int64_t c = chunks() - 1; c >= 0; --c) {
-      this->enter(c);
-      chunk_backward(states + c * state, c);
-    }
+  }
+
+  void forward(int64_t c) {
+    this->enter(c);
+    this->advance(state(c), state(c + 1));
+  }
+
+  void end() const {
     if (g.dinitial_states) this->store_state(F, g.dinitial_states);
     const int64_t pair = index * p.H + head;
     const BackwardLayout out(g);
@@ -61,14 +62,16 @@ struct HeadScanBackward : HeadScan<E, T> {
     for (int64_t i = 0; i < p.P; ++i) workspace[out.dD + pair * p.P + i] = dD[i];
   }
 
-  void chunk_backward(const T* state, int64_t c) {
+  void backward(int64_t c) {
+    this->enter(c);
     const int64_t width = layout.padded;
+    const T* before = state(c);
     const int64_t tile = (sequence.first_chunk + c) * p.G + group;
     T* dBT = dB_sum + tile * p.N * kChunk;
     T* dCT = dC_sum + tile * p.N * kChunk;
 
     if (p.z.data) {
-      this->output(state);
+      this->output(before);
     } else {
       this->apply_decay(CB, G);
       this->scale_columns(CT, decay.from_start, CaT, p.N);
@@ -87,7 +90,7 @@ struct HeadScanBackward : HeadScan<E, T> {
     // What crosses each boundary: from before the chunk (in), beyond it (out), and all the way (through).
     T in[kChunk] = {}, out[kChunk] = {};
     this->scale_columns(dyT, decay.from_start, dyT, width);
-    multiply(Matrix<T>{state, width, 1}, dyT, kChunk, dC, kChunk, p.N, kChunk, width, T(0));
+    multiply(Matrix<T>{before, width, 1}, dyT, kChunk, dC, kChunk, p.N, kChunk, width, T(0));
     for (int64_t n = 0; n < p.N; ++n) {
       for (int64_t t = 0; t < kChunk; t += kLanes<T>) {
         store(in + t, load(in + t) + load(CT + n * kChunk + t) * load(dC + n * kChunk + t));
@@ -95,7 +98,7 @@ struct HeadScanBackward : HeadScan<E, T> {
     }
     multiply(Matrix<T>{BwT, 1, kChunk}, F, width, dx, width, kChunk, width, p.N, T(0));
     for (int64_t s = 0; s < kChunk; ++s) out[s] = dot(xd + s * width, dx + s * width, width);
-    const T through = decay.total == 0 ? T(0) : decay.total * dot(state, F, p.N * width);
+    const T through = decay.total == 0 ? T(0) : decay.total * dot(before, F, p.N * width);
 
     multiply(Matrix<T>{G, 1, kChunk}, dy, width, dx, width, kChunk, width, kChunk, T(1), Shape::kUpper);
 
@@ -115,7 +118,7 @@ struct HeadScanBackward : HeadScan<E, T> {
 
   // dlog_a[u] = through + sum_{t >= u} in[t] + sum_{s < u} out[s] + sum_{t >= u, s < u} Q[t][s]
   void sum_across_boundaries(const T* in, const T* out, T through, T* dlog_a) const {
-    T column[kChunk] = {};  // sum_{t >= u} Q[t][s]
+    T column[kChunk] = {};      // sum_{t >= u} Q[t][s]
     T before[2 * kChunk] = {};  // from kChunk - u on: 1 where s < u, else 0
     for (int64_t s = 0; s < kChunk; ++s) before[s] = 1;
     T later = 0;
@@ -156,8 +159,8 @@ struct HeadScanBackward : HeadScan<E, T> {
           const Vec<T> value = load(x + i, p.P - i);
           if (z) {
             const Vec<T> gate = load(z + i, p.P - i), s = sigmoid(gate);
-            const Vec<T> before = load(y + t * width + i) + load(D + i) * value;
-            store(dz + i, grad * before * silu_slope(gate, s), p.P - i);
+            const Vec<T> ungated = load(y + t * width + i) + load(D + i) * value;
+            store(dz + i, grad * ungated * silu_slope(gate, s), p.P - i);
             grad *= gate * s;
           }
           store(dD + i, load(dD + i) + grad * value);
@@ -190,7 +193,7 @@ struct HeadScanBackward : HeadScan<E, T> {
   }
 };
 
-// One block of the heads of a group, one after another.
+// One block of the heads of a group, a few at a time.
 template <typename E, typename T>
 void scan_block_backward(const SsdScanBackward& g, int64_t index, int64_t group, int64_t block, void* memory) {
   const SsdScan& p = g.forward;
@@ -199,13 +202,28 @@ void scan_block_backward(const SsdScanBackward& g, int64_t index, int64_t group,
   const int64_t group_heads = p.H / p.G;
   const int64_t begin = block * blocks.heads;
   const int64_t end = begin + blocks.heads < group_heads ? begin + blocks.heads : group_heads;
-  for (int64_t h = begin; h < end; ++h) {
-    T* scratch = static_cast<T*>(memory);
-    HeadScanBackward<E, T> scan(g, index, group * group_heads + h, scratch);
-    scan.dB_sum = static_cast<T*>(p.workspace) + out.dB + block * out.block;
-    scan.dC_sum = static_cast<T*>(p.workspace) + out.dC + block * out.block;
-    scan.first_of_block = h == begin;
-    scan.backward();
+  for (int64_t first = begin; first < end; first += kBunch) {
+    const int64_t bunch = end - first < kBunch ? end - first : kBunch;
+    T* own = static_cast<T*>(memory) + ScanLayout(p).shared_backward();
+    auto scan = [&](int64_t i) {
+      T* shared = static_cast<T*>(memory);
+      return HeadScanBackward<E, T>(g, index, group * group_heads + first + (i < bunch ? i : 0), shared, own);
+    };
+    HeadScanBackward<E, T> heads[kBunch] = {scan(0), scan(1), scan(2), scan(3)};
+    for (int64_t i = 0; i < bunch; ++i) {
+      heads[i].dB_sum = static_cast<T*>(p.workspace) + out.dB + block * out.block;
+      heads[i].dC_sum = static_cast<T*>(p.workspace) + out.dC + block * out.block;
+      heads[i].first_of_block = first + i == begin;
+      heads[i].begin();
+    }
+    const int64_t chunks = heads[0].chunks();
+    for (int64_t c = 0; c + 1 < chunks; ++c) {
+      for (int64_t i = 0; i < bunch; ++i) heads[i].forward(c);
+    }
+    for (int64_t c = chunks - 1; c >= 0; --c) {
+      for (int64_t i = 0; i < bunch; ++i) heads[i].backward(c);
+    }
+    for (int64_t i = 0; i < bunch; ++i) heads[i].end();
   }
 }
 

@@ -90,7 +90,8 @@ void scan_group_tiles(const SsdScan& p, const Sequence& sequence, int64_t chunk,
   }
 }
 
-// One head of one sequence, with the memory to walk over its chunks.
+// One head of one sequence. What it keeps from chunk to chunk is its `own`; what it needs within a
+// chunk is `shared` with the other heads of its bunch.
 template <typename E, typename T>
 struct HeadScan {
   const SsdScan& p;
@@ -103,15 +104,15 @@ struct HeadScan {
   int64_t chunk = 0, time = 0, length = 0;
   const T *BT = nullptr, *CT = nullptr, *CB = nullptr;
 
-  HeadScan(const SsdScan& p, int64_t index, int64_t head, T*& scratch)
+  HeadScan(const SsdScan& p, int64_t index, int64_t head, T*& shared, T*& own)
       : p(p), layout(p), sequence(p.sequences[index]), index(index), head(head), group(head / (p.H / p.G)) {
-    S = take(scratch, p.N * layout.padded);
-    xd = take(scratch, kChunk * layout.padded);
-    y = take(scratch, kChunk * layout.padded);
-    G = take(scratch, kChunk * kChunk);
-    CaT = take(scratch, p.N * kChunk);
-    BwT = take(scratch, p.N * kChunk);
-    D = take(scratch, layout.padded);
+    S = take(own, p.N * layout.padded);
+    D = take(own, layout.padded);
+    xd = take(shared, kChunk * layout.padded);
+    y = take(shared, kChunk * layout.padded);
+    G = take(shared, kChunk * kChunk);
+    CaT = take(shared, p.N * kChunk);
+    BwT = take(shared, p.N * kChunk);
     for (int64_t i = 0; i < layout.padded; ++i) {
       D[i] = p.D && i < p.P ? *at<T>(p.D, p.D_per_channel ? head * p.P + i : head) : T(0);
     }
@@ -232,15 +233,11 @@ struct HeadScan {
     multiply(Matrix<T>{BwT, kChunk, 1}, xd, width, to, width, p.N, width, length, decay.total);
   }
 
-  void forward() {
-    load_state(p.initial_states, S);
-    for (int64_t c = 0; c < chunks(); ++c) {
-      enter(c);
-      output(S);
-      store_output();
-      advance(S, S);
-    }
-    store_state(S, p.final_states);
+  void forward(int64_t at_chunk) {
+    enter(at_chunk);
+    output(S);
+    store_output();
+    advance(S, S);
   }
 
   void store_output() const {
@@ -257,10 +254,27 @@ struct HeadScan {
   }
 };
 
+// Heads [begin, end) of all sequences' heads, a few of a sequence at a time: the rows of one head lie
+// a page or more apart, and those of its neighbours in the same pages.
 template <typename E, typename T>
-void scan_head(const SsdScan& p, int64_t index, int64_t head, void* memory) {
-  T* scratch = static_cast<T*>(memory);
-  HeadScan<E, T>(p, index, head, scratch).forward();
+void scan_heads(const SsdScan& p, int64_t begin, int64_t end, void* memory) {
+  int64_t bunch = 0;
+  for (int64_t first = begin; first < end; first += bunch) {
+    const int64_t index = first / p.H, head = first % p.H;
+    bunch = end - first < p.H - head ? end - first : p.H - head;
+    if (bunch > kBunch) bunch = kBunch;
+    T* own = static_cast<T*>(memory) + ScanLayout(p).shared();
+    auto scan = [&](int64_t i) {
+      T* shared = static_cast<T*>(memory);
+      return HeadScan<E, T>(p, index, head + (i < bunch ? i : 0), shared, own);
+    };
+    HeadScan<E, T> heads[kBunch] = {scan(0), scan(1), scan(2), scan(3)};
+    for (int64_t i = 0; i < bunch; ++i) heads[i].load_state(p.initial_states, heads[i].S);
+    for (int64_t c = 0; c < heads[0].chunks(); ++c) {
+      for (int64_t i = 0; i < bunch; ++i) heads[i].forward(c);
+    }
+    for (int64_t i = 0; i < bunch; ++i) heads[i].store_state(heads[i].S, p.final_states);
+  }
 }
 
 }  // namespace

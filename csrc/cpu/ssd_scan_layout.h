@@ -6,6 +6,7 @@
 namespace bitkernels::cpu {
 
 constexpr int kChunk = 32;
+constexpr int64_t kBunch = 4;     // heads that walk over the chunks together
 constexpr int64_t kPadding = 16;  // a multiple of the lanes of every vector
 
 struct ScanLayout {
@@ -16,11 +17,12 @@ struct ScanLayout {
       : N(p.N), G(p.G), padded(ceil_div(p.P, kPadding) * kPadding), tile((2 * p.N + kChunk) * kChunk) {}
 
   int64_t tiles(int64_t chunk, int64_t group) const { return (chunk * G + group) * tile; }
-  int64_t forward_scratch() const { return N * padded + kChunk * (2 * padded + kChunk + 2 * N) + padded; }
-  // Beside the forward's: the adjoint of the state, dy and its two transposes, x's transpose, two
-  // chunk matrices and their transpose, a matrix of dC, a row of dD, the states before every chunk.
+  int64_t shared() const { return kChunk * (2 * padded + kChunk + 2 * N); }
+  int64_t shared_backward() const { return shared() + kChunk * (4 * padded + 3 * kChunk + N); }
+  int64_t forward_scratch() const { return shared() + kBunch * (N + 1) * padded; }
+  // Every head of a bunch keeps the states before its chunks.
   int64_t backward_scratch(int64_t chunks) const {
-    return forward_scratch() + N * padded + kChunk * (5 * padded + 3 * kChunk + N) + padded + chunks * N * padded;
+    return shared_backward() + kBunch * (N + 2) * padded + kBunch * chunks * N * padded;
   }
 };
 
