@@ -45,8 +45,7 @@ Shape(Sizes) -> Shape<Sizes>;
 // w_packed must hold rows of K weights; words fix K up to padding.
 template <typename Sizes>
 void check_packed_shape(const char* op, const Sizes& w_packed, int64_t K, int64_t per_word) {
-  check_argument(w_packed.size() == 2, op, ": w_packed must be [N, ceil(K/", per_word, ")], got ",
-                 Shape{w_packed});
+  check_argument(w_packed.size() == 2, op, ": w_packed must be [N, ceil(K/", per_word, ")], got ", Shape{w_packed});
   check_argument(w_packed[1] == ceil_div(K, per_word), op, ": w_packed must have ceil(K/", per_word,
                  ") = ", ceil_div(K, per_word), " words a row for K = ", K, ", got ", w_packed[1]);
 }

@@ -199,8 +199,8 @@ PYBIND11_MODULE(host, m) {
       "or shape raises a ValueError that names the argument and what was found; nothing is converted silently.";
 
   m.def(
-      "pack_sign", [](const py::array& w) { return pack("pack_sign", w, kSignsPerWord, cpu::pack_sign); },
-      py::arg("w"), "Packs w float32 [N, K] into uint32 [N, ceil(K/32)]: bit 1 where w >= 0, padding bits 0.");
+      "pack_sign", [](const py::array& w) { return pack("pack_sign", w, kSignsPerWord, cpu::pack_sign); }, py::arg("w"),
+      "Packs w float32 [N, K] into uint32 [N, ceil(K/32)]: bit 1 where w >= 0, padding bits 0.");
   m.def(
       "unpack_sign",
       [](const py::array& w, int64_t K) { return unpack("unpack_sign", w, K, kSignsPerWord, cpu::unpack_sign); },

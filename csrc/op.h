@@ -67,13 +67,13 @@ inline DType kernel_dtype(const char* op, const char* argument, ScalarType dtype
 }
 
 inline void check_same_device(const char* op, const char* argument, const Tensor& t, const Tensor& x) {
-  check_argument(t.is_cuda() == x.is_cuda() && (!t.is_cuda() || t.get_device_index() == x.get_device_index()), op,
-                  ": ", argument, " must be on the device of the first argument");
+  check_argument(t.is_cuda() == x.is_cuda() && (!t.is_cuda() || t.get_device_index() == x.get_device_index()), op, ": ",
+                 argument, " must be on the device of the first argument");
 }
 
 inline void check_dtype(const char* op, const char* argument, const Tensor& t, ScalarType expected) {
   check_argument(t.scalar_type() == expected, op, ": ", argument, " must be ", name_of(expected), ", got ",
-                  name_of(t.scalar_type()));
+                 name_of(t.scalar_type()));
 }
 
 inline void check_floating(const char* op, const char* argument, const Tensor& t) {
@@ -83,9 +83,10 @@ inline void check_floating(const char* op, const char* argument, const Tensor& t
                  op, ": ", argument, " must be a floating-point tensor, got ", name_of(dtype));
 }
 
-inline void check_shape(const char* op, const char* argument, const Tensor& t, std::initializer_list<int64_t> expected) {
-  check_argument(shape(t) == Shape{expected}, op, ": ", argument, " must be of shape ",
-                  Shape{expected}, ", got ", shape(t));
+inline void check_shape(const char* op, const char* argument, const Tensor& t,
+                        std::initializer_list<int64_t> expected) {
+  check_argument(shape(t) == Shape{expected}, op, ": ", argument, " must be of shape ", Shape{expected}, ", got ",
+                 shape(t));
 }
 
 inline void check_packed(const char* op, const Tensor& w_packed, int64_t K, int64_t per_word) {

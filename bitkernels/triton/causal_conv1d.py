@@ -22,6 +22,8 @@ from bitkernels.triton.mixer_arguments import (
 
 BLOCK_T = 32
 BLOCK_C = 128
+# The backward holds an input for every pair of taps.
+BACKWARD_BLOCK_C = 64
 
 
 @triton.jit
@@ -306,10 +308,10 @@ def causal_conv1d_backward(
     tiles = triton.cdiv(T + (0 if initial_state is None else width - 1), BLOCK_T)
     dweight = torch.empty(batch * tiles, width, C, **fresh)
     dbias = None if bias is None else torch.empty(batch * tiles, C, **fresh)
-    causal_conv1d_backward_kernel[(tiles, triton.cdiv(C, BLOCK_C), batch)](
+    causal_conv1d_backward_kernel[(tiles, triton.cdiv(C, BACKWARD_BLOCK_C), batch)](
         dy, x, weight, bias, initial_state, seq_idx, dx, dweight, dbias, None if initial_state is None else dinitial,
         T, C, *dy.stride(), *x.stride(), *_shared_strides(weight, bias, initial_state, seq_idx),
-        WIDTH=width, SILU=silu, BLOCK_T=BLOCK_T, BLOCK_C=BLOCK_C, num_warps=4,
+        WIDTH=width, SILU=silu, BLOCK_T=BLOCK_T, BLOCK_C=BACKWARD_BLOCK_C, num_warps=4,
     )  # fmt: skip
     return dx, dweight.sum(0).T.contiguous(), absent if dbias is None else dbias.sum(0), dinitial
 

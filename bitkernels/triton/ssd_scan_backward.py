@@ -41,10 +41,11 @@ def backward_tile(dtype: torch.dtype, P: int, N: int) -> Tile:
     """Registers hold float32 gradients of B and C [time, state] and products [time, time]."""
     state = max(16, triton.next_power_of_2(N))
     headdim = max(16, triton.next_power_of_2(P))
-    time = 64 if state <= 128 else 32
     if dtype == torch.float32:
-        return Tile(time // 2, min(headdim, 32), state, 8)
-    return Tile(time, min(headdim, 64), state, 8)
+        return Tile(16, min(headdim, 32), state, 8 if state <= 128 else 16)
+    if state <= 128:
+        return Tile(64, min(headdim, 32), state, 8)
+    return Tile(32, min(headdim, 64), state, 8)
 
 
 @triton.jit

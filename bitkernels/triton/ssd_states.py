@@ -40,7 +40,9 @@ def forward_tile(dtype: torch.dtype, P: int, N: int) -> Tile:
     """Registers hold a float32 state [state, headdim] and a [time, headdim] output."""
     state = max(16, triton.next_power_of_2(N))
     headdim = max(16, triton.next_power_of_2(P))
-    return Tile(32 if dtype == torch.float32 else 64, min(headdim, 32), state, 4 if state <= 128 else 8)
+    if dtype == torch.float32:
+        return Tile(16, min(headdim, 32), state, 8)
+    return Tile(64, min(headdim, 32), state, 4 if state <= 128 else 8)
 
 
 @dataclass(frozen=True)

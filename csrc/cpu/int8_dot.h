@@ -16,8 +16,8 @@ struct Int8Kernels {
   int block_tokens;  // tokens accumulate() handles at once
   // dots[t * kPanelRows + r] = sum of code * activation of row r and token t < tokens <= block_tokens; the
   // activations of a token are q_stride apart. `next` points at the weights to come.
-  void (*accumulate)(const uint32_t* panel, int64_t words, const int8_t* q, int64_t q_stride, int tokens,
-                     int32_t* dots, const uint32_t* next);
+  void (*accumulate)(const uint32_t* panel, int64_t words, const int8_t* q, int64_t q_stride, int tokens, int32_t* dots,
+                     const uint32_t* next);
 };
 
 // Defined in int8_dot_<path>.cpp, to be called on machines with that instruction set alone.

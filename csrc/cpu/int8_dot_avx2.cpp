@@ -1,8 +1,7 @@
 // Integer dot products for AVX2: vpmaddubsw adds pairs of products in 16 bits, widened before they can saturate.
-#include "int8_dot.h"
-
 #include <immintrin.h>
 
+#include "int8_dot.h"
 #include "panel.h"
 
 namespace bitkernels::cpu {

@@ -1,8 +1,7 @@
 // Integer dot products with VNNI: vpdpbusd adds four products of a code and an activation to each of 16 rows.
-#include "int8_dot.h"
-
 #include <immintrin.h>
 
+#include "int8_dot.h"
 #include "panel.h"
 
 namespace bitkernels::cpu {

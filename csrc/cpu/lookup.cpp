@@ -13,7 +13,7 @@ namespace bitkernels::cpu {
 namespace {
 
 constexpr int64_t kMaxBlockTokens = 16;
-constexpr int64_t kLanes = 16;           // partial sums of a reduction the compiler may keep in vectors
+constexpr int64_t kLanes = 16;               // partial sums of a reduction the compiler may keep in vectors
 constexpr int64_t kGrainProducts = 1 << 17;  // products worth a thread
 
 template <typename T, typename X>
@@ -84,7 +84,8 @@ class Worker {
     const int64_t tokens = tokens_of(block);
     for (int64_t t = 0; t < tokens; t += kernels_.block_tokens) {
       const int count = static_cast<int>(std::min<int64_t>(kernels_.block_tokens, tokens - t));
-      kernels_.accumulate(panel_.data, words_, tables_.data + t * stride, stride, count, dots_.data + t * kPanelRows, next);
+      kernels_.accumulate(panel_.data, words_, tables_.data + t * stride, stride, count, dots_.data + t * kPanelRows,
+                          next);
     }
     const int64_t columns = std::min<int64_t>(kPanelRows, a_.N - n0);
     visit(a_.dtype, [&](auto element) {

@@ -66,8 +66,7 @@ void unpack(const uint32_t* w_packed, T* w, int64_t N, int64_t K, Executor run, 
 void pack_sign(const void* w, DType dtype, uint32_t* w_packed, int64_t N, int64_t K, Executor run) {
   visit(dtype, [&](auto element) {
     using T = decltype(element);
-    pack<1>(static_cast<const T*>(w), w_packed, N, K, 0, run,
-            [](T v) -> uint8_t { return to_float(v) >= 0; });
+    pack<1>(static_cast<const T*>(w), w_packed, N, K, 0, run, [](T v) -> uint8_t { return to_float(v) >= 0; });
   });
 }
 
@@ -82,9 +81,8 @@ void pack_ternary(const void* w, DType dtype, uint32_t* w_packed, int64_t N, int
   visit(dtype, [&](auto element) {
     using T = decltype(element);
     // Rounding half to even and clipping to [-1, 1] leaves two thresholds: 0.5 itself rounds to zero.
-    pack<2>(static_cast<const T*>(w), w_packed, N, K, 1, run, [](T v) -> uint8_t {
-      return 1 + (to_float(v) > 0.5f) - (to_float(v) < -0.5f);
-    });
+    pack<2>(static_cast<const T*>(w), w_packed, N, K, 1, run,
+            [](T v) -> uint8_t { return 1 + (to_float(v) > 0.5f) - (to_float(v) < -0.5f); });
   });
 }
 

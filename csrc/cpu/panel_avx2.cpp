@@ -1,7 +1,7 @@
 // Transposes panels 8 rows by 8 words at a time.
-#include "panel.h"
-
 #include <immintrin.h>
+
+#include "panel.h"
 
 namespace bitkernels::cpu {
 namespace {
@@ -36,7 +36,8 @@ void transpose_8x8(const uint32_t* const* rows, int64_t word, uint32_t* panel) {
 void transpose_panel_avx2(const uint32_t* const* rows, int64_t words, uint32_t* panel) {
   const int64_t whole = words / 8 * 8;
   for (int64_t i = 0; i < whole; i += 8) {
-    for (int v = 0; v < kPanelRows / kLanes; ++v) transpose_8x8(rows + v * kLanes, i, panel + i * kPanelRows + v * kLanes);
+    for (int v = 0; v < kPanelRows / kLanes; ++v)
+      transpose_8x8(rows + v * kLanes, i, panel + i * kPanelRows + v * kLanes);
   }
   for (int64_t i = whole; i < words; ++i) {
     for (int r = 0; r < kPanelRows; ++r) panel[i * kPanelRows + r] = rows[r][i];

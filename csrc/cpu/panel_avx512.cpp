@@ -1,7 +1,7 @@
 // Transposes panels 16 rows by 16 words at a time.
-#include "panel.h"
-
 #include <immintrin.h>
+
+#include "panel.h"
 
 namespace bitkernels::cpu {
 namespace {
@@ -25,7 +25,8 @@ void transpose_16x16(const uint32_t* const* rows, int64_t word, int count, uint3
   }
   // a[4 q + j]: lane l of 128 bits holds words 4 l + j of rows 4 q to 4 q + 3.
   for (int j = 0; j < 4; ++j) {
-    const __m512i low01 = _mm512_shuffle_i32x4(a[j], a[j + 4], 0x44), high01 = _mm512_shuffle_i32x4(a[j], a[j + 4], 0xee);
+    const __m512i low01 = _mm512_shuffle_i32x4(a[j], a[j + 4], 0x44),
+                  high01 = _mm512_shuffle_i32x4(a[j], a[j + 4], 0xee);
     const __m512i low23 = _mm512_shuffle_i32x4(a[j + 8], a[j + 12], 0x44);
     const __m512i high23 = _mm512_shuffle_i32x4(a[j + 8], a[j + 12], 0xee);
     b[j] = _mm512_shuffle_i32x4(low01, low23, 0x88);
