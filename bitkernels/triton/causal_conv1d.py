@@ -297,13 +297,13 @@ def causal_conv1d_backward(
     batch, T, C = x.shape
     width = weight.shape[1]
     fresh = {"dtype": torch.float32, "device": x.device}
-    absent = torch.empty(0, **fresh)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    dinitial = absent
-    if initial_state is not None:
+    if initial_state is None:
+        dinitial = torch.empty(0, **fresh)
+    else:
         dinitial = torch.empty(initial_state.shape, dtype=x.dtype, device=x.device)
     if x.numel() == 0:
-        dbias = absent if bias is None else torch.zeros(C, **fresh)
+        dbias = torch.empty(0, **fresh) if bias is None else torch.zeros(C, **fresh)
         return dx, torch.zeros(C, width, **fresh), dbias, dinitial.zero_()
     tiles = triton.cdiv(T + (0 if initial_state is None else width - 1), BLOCK_T)
     dweight = torch.empty(batch * tiles, width, C, **fresh)
@@ -313,7 +313,7 @@ def causal_conv1d_backward(
         T, C, *dy.stride(), *x.stride(), *_shared_strides(weight, bias, initial_state, seq_idx),
         WIDTH=width, SILU=silu, BLOCK_T=BLOCK_T, BLOCK_C=BACKWARD_BLOCK_C, num_warps=4,
     )  # fmt: skip
-    return dx, dweight.sum(0).T.contiguous(), absent if dbias is None else dbias.sum(0), dinitial
+    return dx, dweight.sum(0).T.contiguous(), torch.empty(0, **fresh) if dbias is None else dbias.sum(0), dinitial
 
 
 def causal_conv1d_step(
