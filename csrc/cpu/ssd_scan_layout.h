@@ -4,6 +4,8 @@
 #include "../mixer_kernels.h"
 
 namespace bitkernels::cpu {
+// Internal, so that no file lends its copy of a function, compiled for one instruction set, to the others.
+namespace {
 
 constexpr int kChunk = 32;
 constexpr int64_t kBunch = 4;     // heads that walk over the chunks together
@@ -61,4 +63,5 @@ struct BackwardLayout {
   }
 };
 
+}  // namespace
 }  // namespace bitkernels::cpu
