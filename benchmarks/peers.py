@@ -1,6 +1,6 @@
 """The peers, where they can be imported; an absent one is recorded as absent."""
 
-import importlib
+import importlib.util
 import sys
 from types import ModuleType
 
@@ -28,7 +28,7 @@ def _import(name: str) -> ModuleType | str:
 
 def gemlite_linear(name: str, bits: int, x: Tensor, codes: Tensor, scale: Tensor, zero: float) -> Contender | Absent:
     """GemLite's 1- or 2-bit layer of ``scale * (codes - zero)``, one scale per row."""
-    helper = "absent on the CPU" if not x.is_cuda else _import("gemlite.helper")
+    helper = "gemlite needs a GPU" if not x.is_cuda else _import("gemlite.helper")
     if isinstance(helper, str):
         return Absent(name, helper)
     build = {1: helper.A16W1_HQQ_INT, 2: helper.A16W2_HQQ_INT}[bits]
@@ -46,9 +46,16 @@ def gemlite_linear(name: str, bits: int, x: Tensor, codes: Tensor, scale: Tensor
 
 
 def mamba_ssm(module: str, device: str) -> ModuleType | str:
-    """A Triton module of mamba_ssm; its compiled selective scan is not used, so it may be missing."""
+    """A Triton module of mamba_ssm.
+
+    Importing the package imports compiled extensions and language models that its Triton modules do not use,
+    so those are imported from its folder without it.
+    """
     if device != "cuda":
         return "mamba_ssm needs a GPU"
-    if isinstance(_import("selective_scan_cuda"), str):
-        sys.modules["selective_scan_cuda"] = ModuleType("selective_scan_cuda")
+    spec = importlib.util.find_spec("mamba_ssm")
+    if spec is None:
+        return "mamba_ssm is not installed"
+    if "mamba_ssm" not in sys.modules:
+        sys.modules["mamba_ssm"] = importlib.util.module_from_spec(spec)
     return _import(f"mamba_ssm.ops.triton.{module}")

@@ -48,7 +48,7 @@ CASES = [
     Case(2, 100, 4, 16, 16, G=2, D="H", z=True, initial=True, seq_idx=True),
     Case(1, 129, 2, 32, 24, D="HP", seq_idx=True),
     Case(1, 100, 4, 16, 20, G=2, D="H", z=True, initial=True, cu_seqlens=(0, 1, 33, 33, 97, 100)),
-    Case(1, 64, 2, 32, 16, cu_seqlens=(0, 30, 64), seq_idx=True),
+    Case(1, 64, 2, 32, 16, initial=True, cu_seqlens=(0, 30, 64, 64), seq_idx=True),
 ]
 
 
@@ -71,8 +71,6 @@ def inputs(case, device, dtype, requires_grad=False):
     initial = torch.randn(sequences, H, P, N).to(acc) if case.initial else None
     seq_idx = torch.randint(0, 4, (batch, T)).sort(1).values.int() if case.seq_idx else None
     cu_seqlens = torch.tensor(case.cu_seqlens, dtype=torch.int32) if case.cu_seqlens else None
-    if case.seq_idx and case.cu_seqlens:
-        seq_idx = torch.repeat_interleave(torch.arange(sequences), cu_seqlens.diff())[None].int()
     tensors = [x, dt, A, B, C, D, z, dt_bias, initial, seq_idx, cu_seqlens]
     tensors = [None if t is None else t.to(device) for t in tensors]
     for t in tensors:

@@ -22,6 +22,8 @@ from bitkernels.triton.mixer_arguments import (
 
 BLOCK_T = 32
 BLOCK_C = 128
+# The backward holds an input for every pair of taps.
+BACKWARD_BLOCK_C = 64
 
 
 @triton.jit
@@ -295,23 +297,23 @@ def causal_conv1d_backward(
     batch, T, C = x.shape
     width = weight.shape[1]
     fresh = {"dtype": torch.float32, "device": x.device}
-    absent = torch.empty(0, **fresh)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    dinitial = absent
-    if initial_state is not None:
+    if initial_state is None:
+        dinitial = torch.empty(0, **fresh)
+    else:
         dinitial = torch.empty(initial_state.shape, dtype=x.dtype, device=x.device)
     if x.numel() == 0:
-        dbias = absent if bias is None else torch.zeros(C, **fresh)
+        dbias = torch.empty(0, **fresh) if bias is None else torch.zeros(C, **fresh)
         return dx, torch.zeros(C, width, **fresh), dbias, dinitial.zero_()
     tiles = triton.cdiv(T + (0 if initial_state is None else width - 1), BLOCK_T)
     dweight = torch.empty(batch * tiles, width, C, **fresh)
     dbias = None if bias is None else torch.empty(batch * tiles, C, **fresh)
-    causal_conv1d_backward_kernel[(tiles, triton.cdiv(C, BLOCK_C), batch)](
+    causal_conv1d_backward_kernel[(tiles, triton.cdiv(C, BACKWARD_BLOCK_C), batch)](
         dy, x, weight, bias, initial_state, seq_idx, dx, dweight, dbias, None if initial_state is None else dinitial,
         T, C, *dy.stride(), *x.stride(), *_shared_strides(weight, bias, initial_state, seq_idx),
-        WIDTH=width, SILU=silu, BLOCK_T=BLOCK_T, BLOCK_C=BLOCK_C, num_warps=4,
+        WIDTH=width, SILU=silu, BLOCK_T=BLOCK_T, BLOCK_C=BACKWARD_BLOCK_C, num_warps=4,
     )  # fmt: skip
-    return dx, dweight.sum(0).T.contiguous(), absent if dbias is None else dbias.sum(0), dinitial
+    return dx, dweight.sum(0).T.contiguous(), torch.empty(0, **fresh) if dbias is None else dbias.sum(0), dinitial
 
 
 def causal_conv1d_step(

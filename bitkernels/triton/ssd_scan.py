@@ -21,6 +21,7 @@ from bitkernels.triton.ssd_states import (
     pair_decay,
     precision_of,
     prepare,
+    segments_within,
     strides_of,
 )
 
@@ -175,7 +176,7 @@ def ssd_scan(
         return y.zero_(), final.zero_() if initial is None else final.copy_(initial)
 
     if cu_seqlens is not None:
-        cu_seqlens, seq_idx = cu_seqlens.contiguous(), None
+        cu_seqlens, seq_idx = cu_seqlens.contiguous(), segments_within(seq_idx, cu_seqlens)
     tile = forward_tile(x.dtype, P, N)
     chunks = divide(x, cu_seqlens, tile)
     A, dt_bias = A.contiguous(), None if dt_bias is None else dt_bias.contiguous()

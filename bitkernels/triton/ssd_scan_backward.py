@@ -29,6 +29,7 @@ from bitkernels.triton.ssd_states import (
     pair_decay,
     precision_of,
     prepare,
+    segments_within,
     strides_of,
     walk_states,
 )
@@ -41,10 +42,11 @@ def backward_tile(dtype: torch.dtype, P: int, N: int) -> Tile:
     """Registers hold float32 gradients of B and C [time, state] and products [time, time]."""
     state = max(16, triton.next_power_of_2(N))
     headdim = max(16, triton.next_power_of_2(P))
-    time = 64 if state <= 128 else 32
     if dtype == torch.float32:
-        return Tile(time // 2, min(headdim, 32), state, 8)
-    return Tile(time, min(headdim, 64), state, 8)
+        return Tile(16, min(headdim, 32), state, 8 if state <= 128 else 16)
+    if state <= 128:
+        return Tile(64, min(headdim, 32), state, 8)
+    return Tile(32, min(headdim, 64), state, 8)
 
 
 @triton.jit
@@ -280,16 +282,19 @@ def ssd_scan_backward(
     G, N = B.shape[2:]
     check_floating(op, "dfinal_states", dfinal_states, x, (sequences, H, P, N))
     fresh = {"device": x.device}
-    absent = torch.empty(0, dtype=torch.float32, **fresh)
+
+    def absent():
+        return torch.empty(0, dtype=torch.float32, **fresh)
+
     initial = None if initial_states is None else initial_states.contiguous()
     dfinal = None if dfinal_states is None else dfinal_states.contiguous()
-    dinitial = absent if initial is None else torch.empty(initial.shape, dtype=torch.float32, **fresh)
+    dinitial = absent() if initial is None else torch.empty(initial.shape, dtype=torch.float32, **fresh)
     if x.numel() == 0:
         if initial is not None:
             dinitial.zero_() if dfinal is None else dinitial.copy_(dfinal)
 
         def zeros(t, dtype):
-            return absent if t is None else torch.zeros(t.shape, dtype=dtype, **fresh)
+            return absent() if t is None else torch.zeros(t.shape, dtype=dtype, **fresh)
 
         acc = torch.float32
         return (
@@ -298,7 +303,7 @@ def ssd_scan_backward(
         )  # fmt: skip
 
     if cu_seqlens is not None:
-        cu_seqlens, seq_idx = cu_seqlens.contiguous(), None
+        cu_seqlens, seq_idx = cu_seqlens.contiguous(), segments_within(seq_idx, cu_seqlens)
     tile = backward_tile(x.dtype, P, N)
     chunks = divide(x, cu_seqlens, tile)
     A, dt_bias = A.contiguous(), None if dt_bias is None else dt_bias.contiguous()
@@ -319,7 +324,7 @@ def ssd_scan_backward(
     splits = min(heads, triton.cdiv(MIN_PROGRAMS, n_blocks * G))
     splits = triton.cdiv(heads, triton.cdiv(heads, splits))
     dx = torch.empty(x.shape, dtype=x.dtype, **fresh)
-    dz = absent if z is None else torch.empty(z.shape, dtype=x.dtype, **fresh)
+    dz = absent() if z is None else torch.empty(z.shape, dtype=x.dtype, **fresh)
     ddt = torch.empty(dt.shape, dtype=dt.dtype, **fresh)
     dB = torch.empty(splits, *B.shape, dtype=torch.float32, **fresh)
     dC = torch.empty_like(dB)
@@ -344,8 +349,8 @@ def ssd_scan_backward(
         dA.sum(0),
         dB.sum(0).to(B.dtype),
         dC.sum(0).to(C.dtype),
-        absent if dD is None else dD,
+        absent() if dD is None else dD,
         dz,
-        absent if ddt_bias is None else ddt_bias.sum(0),
+        absent() if ddt_bias is None else ddt_bias.sum(0),
         dinitial,
     )

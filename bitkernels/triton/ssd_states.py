@@ -13,6 +13,7 @@ the same backwards in time with ``dy`` and ``C`` in place of ``x`` and ``B``.
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -40,7 +41,9 @@ def forward_tile(dtype: torch.dtype, P: int, N: int) -> Tile:
     """Registers hold a float32 state [state, headdim] and a [time, headdim] output."""
     state = max(16, triton.next_power_of_2(N))
     headdim = max(16, triton.next_power_of_2(P))
-    return Tile(32 if dtype == torch.float32 else 64, min(headdim, 32), state, 4 if state <= 128 else 8)
+    if dtype == torch.float32:
+        return Tile(16, min(headdim, 32), state, 8)
+    return Tile(64, min(headdim, 32), state, 4 if state <= 128 else 8)
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,15 @@ def divide(x: Tensor, cu_seqlens: Tensor | None, tile: Tile) -> Chunks:
     # Chunks past the last sequence fall into it and find themselves empty.
     sequence = torch.searchsorted(first[1:], torch.arange(count, device=x.device), right=True).clamp_(max=sequences - 1)
     return Chunks(T, length, tile.time, count, sequences, cu_seqlens, sequence, first)
+
+
+def segments_within(seq_idx: Tensor | None, cu_seqlens: Tensor) -> Tensor | None:
+    """``seq_idx`` without the changes at the starts of sequences: those keep their initial states."""
+    if seq_idx is None:
+        return None
+    # One place past the end, where an empty last sequence starts.
+    changes = F.pad(seq_idx.diff(dim=1) != 0, (1, 1))
+    return changes.index_fill_(1, cu_seqlens[:-1].long(), False).cumsum(1, dtype=torch.int32)[:, :-1]
 
 
 @triton.jit

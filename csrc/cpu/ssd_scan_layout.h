@@ -4,8 +4,7 @@
 #include "../mixer_kernels.h"
 
 namespace bitkernels::cpu {
-// Internal, so that no file lends its copy of a function, compiled for one instruction set, to the others.
-namespace {
+namespace {  // each instruction set compiles its own
 
 constexpr int kChunk = 32;
 constexpr int64_t kBunch = 4;     // heads that walk over the chunks together
