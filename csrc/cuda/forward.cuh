@@ -7,7 +7,7 @@
 
 namespace bitkernels::cuda {
 
-enum class Kernel { kFused, kSkinny8, kSkinny16, kSkinny32, kNarrow, kWide };
+enum class Kernel { kSkinny8, kSkinny16, kSkinny32, kNarrow, kWide };
 
 struct Choice {
   Kernel kernel;
@@ -31,37 +31,34 @@ inline Choice choose(int64_t rows, int64_t N, int64_t stages, int processors) {
   return {narrow ? Kernel::kNarrow : Kernel::kWide, static_cast<int>(wanted < possible ? wanted : possible)};
 }
 
-// Before all of these: tokens that fit the columns of one mma, limb by limb (4 of bf16, 2 of fp16 and fp32,
-// 8 of int8), take one fused kernel, wherever their K fits in shared memory.
 template <typename F>
-Choice choose(int64_t M, int64_t N, int64_t K, DType dtype) {
-  if (fused_applies<F>(M, N, K, dtype)) return {Kernel::kFused, 1};
-  const Prepared x = prepared<F>(M, K, dtype, nullptr);
+Choice choose(const Prepared& x, int64_t N) {
   return choose(x.rows, N, x.units * F::kChunks / WideTile::kChunksPerStage,
                 device_attribute(cudaDevAttrMultiProcessorCount));
 }
 
+// Enough for any kernel: which one runs also depends on where the tensors lie.
 template <typename F>
 int64_t forward_workspace(int64_t M, int64_t N, int64_t K, DType dtype) {
-  const Choice choice = choose<F>(M, N, K, dtype);
-  if (choice.kernel == Kernel::kFused) return 0;
-  const int64_t rows = prepared<F>(M, K, dtype, nullptr).rows;
-  const int64_t partial = choice.parts > 1 ? choice.parts * rows * N * sizeof(float) : 0;
+  const Prepared x = prepared<F>(M, K, dtype, nullptr);
+  const Choice choice = choose<F>(x, N);
+  const int64_t partial = choice.parts > 1 ? choice.parts * x.rows * N * sizeof(float) : 0;
   return prepared_bytes<F>(M, K, dtype) + partial;
 }
 
+// Before the table: tokens that fit the columns of one mma, limb by limb (4 of bf16 or int8, 2 of fp16 or
+// fp32), take one fused kernel where rows are aligned and their activations fit in shared memory.
 template <typename F>
 void run_forward(const TokenSource& source, const uint32_t* w_packed, const Epilogue& e, void* workspace,
                  cudaStream_t stream) {
   const int64_t N = e.columns;
   const Weights w = weights(w_packed, N, ceil_div(source.K, F::kPerWord));
-  const Choice choice = choose<F>(source.M, N, source.K, source.dtype);
-  if (choice.kernel == Kernel::kFused) return run_fused<F>(source, w, e, stream);
+  if (fused_applies<F>(source, w)) return run_fused<F>(source, w, e, stream);
   const Prepared x = prepared<F>(source.M, source.K, source.dtype, workspace);
   prepare_tokens<F>(source, x, stream);
+  const Choice choice = choose<F>(x, N);
   void* partial = static_cast<char*>(workspace) + prepared_bytes<F>(source.M, source.K, source.dtype);
   switch (choice.kernel) {
-    case Kernel::kFused: return;
     case Kernel::kSkinny8: return run_skinny<F, 1, 1>(w, x, e, source.M, stream);
     case Kernel::kSkinny16: return run_skinny<F, 2, 1>(w, x, e, source.M, stream);
     case Kernel::kSkinny32: return run_skinny<F, 4, 2>(w, x, e, source.M, stream);

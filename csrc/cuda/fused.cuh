@@ -22,15 +22,22 @@ namespace bitkernels::cuda {
 
 constexpr int kFusedWarps = 16;
 constexpr int kFusedThreads = 32 * kFusedWarps;
-constexpr int kFusedColumns = 8;       // of one mma: tokens times limbs
-constexpr int kFusedDepth = 4;         // pieces in flight for each warp: 64 KB for the block
+constexpr int kFusedColumns = 8;        // of one mma: tokens times limbs
+constexpr int kFusedTokens = 4;         // at most: more loads at once than that do not fit in registers
+constexpr int kFusedDepth = 4;          // pieces in flight for each warp: 64 KB for the block
 constexpr int kMostTilesPerBlock = 64;  // bounds the sums in shared memory
 constexpr int64_t kMostFusedK = 131072;
 
 // Eight bits each, of the token's largest element: at least 14 for bf16, which has 8 itself, 22 for fp16 (11)
 // and 30 for fp32 (24), so that a token's largest elements are kept exactly.
 template <typename F, typename T>
-constexpr int kLimbs = F::kInteger ? 1 : std::is_same_v<T, bf16> ? 2 : std::is_same_v<T, fp16> ? 3 : 4;
+constexpr int kLimbs = F::kInteger               ? 1
+                       : std::is_same_v<T, bf16> ? 2
+                       : std::is_same_v<T, fp16> ? 3
+                                                 : 4;
+
+template <typename F, typename T>
+constexpr int kFusedMost = kFusedColumns / kLimbs<F, T> < kFusedTokens ? kFusedColumns / kLimbs<F, T> : kFusedTokens;
 
 template <typename F>
 struct FusedOrder {
@@ -53,7 +60,7 @@ __host__ __device__ constexpr int fused_pitch(int columns) { return 4 * columns 
 struct FusedShape {
   int64_t pieces;
   int columns;
-  int tiles;   // of 16 rows: as many for each block, one more for the first `extra` blocks
+  int tiles;  // of 16 rows: as many for each block, one more for the first `extra` blocks
   int extra;
   unsigned blocks;
   size_t activation_bytes;
@@ -120,12 +127,27 @@ __device__ uint2 gather_planes(uint32_t first, uint32_t second) {
   }
 }
 
+// Eight elements of a row.
+template <typename T>
+struct alignas(16) Eight {
+  T e[8];
+};
+
+template <typename T>
+__device__ Eight<T> load_eight(const T* from) {
+  return *reinterpret_cast<const Eight<T>*>(from);
+}
+
+__device__ inline Eight<float> load_factors(const float* factors, int64_t k) {
+  return factors ? load_eight(factors + k) : Eight<float>{{1.0f, 1.0f, 1.0f, 1.0f, 1.0f, 1.0f, 1.0f, 1.0f}};
+}
+
 template <typename F, typename T>
 __global__ void __launch_bounds__(kFusedThreads, 1)
-    fused_kernel(Weights w, TokenSource s, Epilogue e, FusedShape shape, bool vector) {
+    fused_kernel(Weights w, TokenSource s, Epilogue e, FusedShape shape) {
   using Order = FusedOrder<F>;
   constexpr int kCount = kLimbs<F, T>;
-  constexpr int kTokens = kFusedColumns / kCount;
+  constexpr int kTokens = kFusedMost<F, T>;
   extern __shared__ uint4 shared[];
   __shared__ uint32_t warp_most[kTokens][kFusedWarps];
   __shared__ float warp_plain[kTokens][kFusedWarps];
@@ -160,7 +182,8 @@ __global__ void __launch_bounds__(kFusedThreads, 1)
     for (int h = 0; h < 2; ++h) {
       const int row = min(next_tile * kMmaRows + h * 8 + g, rows - 1);
       const int64_t word = next_piece * kWordsPerPiece + 4 * t;
-      v[h] = load_words(w, w.packed + (first_row + row) * w.words + word, w.words - word);
+      const uint32_t* from = w.packed + (first_row + row) * w.words + word;
+      v[h] = word < w.words ? load_streaming(reinterpret_cast<const uint4*>(from)) : uint4{};
     }
     if (++next_piece == pieces) {
       next_piece = 0;
@@ -172,27 +195,26 @@ __global__ void __launch_bounds__(kFusedThreads, 1)
   for (int d = 0; d < kFusedDepth; ++d) fetch(task + d < end, ring[d]);
 
   // Needed last, and as far away as the rest.
-  Column column = static_cast<int>(threadIdx.x) < rows * tokens ? column_of(e, first_row + threadIdx.x % rows)
-                                                                : Column{};
+  Column column =
+      static_cast<int>(threadIdx.x) < rows * tokens ? column_of(e, first_row + threadIdx.x % rows) : Column{};
   for (int i = threadIdx.x; i < tiles * kMmaRows * columns; i += kFusedThreads) sums[i] = 0;
   if (threadIdx.x < kFusedColumns) limb_sums[threadIdx.x] = 0;
 
   const T* x = static_cast<const T*>(s.x);
   // All tokens' loads before the first use of one.
-  const auto load_tokens = [&](int64_t k, Run<T, 8>(&raw)[kTokens]) {
+  const auto load_tokens = [&](int64_t k, Eight<T>(&raw)[kTokens]) {
 #pragma unroll
     for (int m = 0; m < kTokens; ++m) {
       if (m >= tokens) break;
-      raw[m] = load_raw<8>(x + m * s.K, k, s.K, vector);
+      raw[m] = load_eight(x + m * s.K + k);
     }
   };
   uint32_t most[kTokens] = {};
   float plain[kTokens] = {};
   for (int64_t k = 8 * threadIdx.x; k < s.K; k += 8 * kFusedThreads) {
-    float scale[8], shift[8];
-    load_factors(s.scale, k, s.K, vector, scale);
-    if (s.has_plain) load_factors(s.shift, k, s.K, vector, shift);
-    Run<T, 8> raw[kTokens];
+    const Eight<float> scale = load_factors(s.scale, k);
+    const Eight<float> shift = load_factors(s.shift, k);
+    Eight<T> raw[kTokens];
     load_tokens(k, raw);
 #pragma unroll
     for (int m = 0; m < kTokens; ++m) {
@@ -201,8 +223,8 @@ __global__ void __launch_bounds__(kFusedThreads, 1)
       for (int i = 0; i < 8; ++i) {
         const float v = to_float(raw[m].e[i]);
         // As integers, NaN is the largest of all.
-        most[m] = max(most[m], __float_as_uint(fabsf(v * scale[i])));
-        if (s.has_plain) plain[m] = fmaf(v, shift[i], plain[m]);
+        most[m] = max(most[m], __float_as_uint(fabsf(v * scale.e[i])));
+        if (s.has_plain) plain[m] = fmaf(v, shift.e[i], plain[m]);
       }
     }
   }
@@ -236,22 +258,23 @@ __global__ void __launch_bounds__(kFusedThreads, 1)
   uint2* activations = reinterpret_cast<uint2*>(shared);
   const int chunks = pieces * (kWordsPerPiece * F::kPerWord / 8);
   for (int c = threadIdx.x; c < chunks; c += kFusedThreads) {
-    const int64_t k = 8 * int64_t(c);
+    const bool inside = 8 * int64_t(c) < s.K;
+    const int64_t k = inside ? 8 * int64_t(c) : 0;
     const int word = c / Order::kPlanePairs;
     const int pair = c % Order::kPlanePairs;
     const int step = (word / kWordsPerPiece * 2 + word % 4 / 2) * Order::kPlanePairs + pair;
-    float scale[8];
-    load_factors(s.scale, k, s.K, vector, scale);
-    Run<T, 8> raw[kTokens];
+    const Eight<float> scale = load_factors(s.scale, k);
+    Eight<T> raw[kTokens];
     load_tokens(k, raw);
 #pragma unroll
     for (int m = 0; m < kTokens; ++m) {
       if (m >= tokens) break;
+      const float steps = inside ? steps_per_unit[m] : 0.0f;
       int q[2][4];
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
-        const float scaled = to_float(raw[m].e[i]) * scale[i];
-        q[i / 4][i % 4] = F::kInteger ? to_int8(scaled, steps_per_unit[m]) : __float2int_rn(scaled * steps_per_unit[m]);
+        const float scaled = to_float(raw[m].e[i]) * scale.e[i];
+        q[i / 4][i % 4] = F::kInteger ? to_int8(scaled, steps) : __float2int_rn(scaled * steps);
       }
       uint32_t first[kCount], second[kCount];
       split_limbs(q[0], first);
@@ -288,9 +311,9 @@ __global__ void __launch_bounds__(kFusedThreads, 1)
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           const int p = 2 * pair + i;
-          const uint32_t a[4] = {
-              Order::plane(component(v[0], 2 * half), p), Order::plane(component(v[1], 2 * half), p),
-              Order::plane(component(v[0], 2 * half + 1), p), Order::plane(component(v[1], 2 * half + 1), p)};
+          const uint32_t a[4] = {Order::plane(component(v[0], 2 * half), p), Order::plane(component(v[1], 2 * half), p),
+                                 Order::plane(component(v[0], 2 * half + 1), p),
+                                 Order::plane(component(v[1], 2 * half + 1), p)};
           mma(planes[p % Order::kSums], a, i ? q.y : q.x, i ? q.w : q.z);
         }
       }
@@ -353,29 +376,29 @@ __global__ void __launch_bounds__(kFusedThreads, 1)
 }
 
 template <typename F>
-int64_t fused_columns(int64_t M, DType dtype) {
+FusedShape fused_shape(int64_t M, int64_t N, int64_t K, DType dtype) {
   int64_t columns = 0;
   dispatch_float(dtype, [&](auto t) { columns = M * kLimbs<F, decltype(t)>; });
-  return columns;
+  return fused_shape<F>(columns, N, K, device_attribute(cudaDevAttrMultiProcessorCount));
 }
 
+// Rows are whole, aligned vectors: one path through the kernel keeps it short.
 template <typename F>
-bool fused_applies(int64_t M, int64_t N, int64_t K, DType dtype) {
-  const int64_t columns = fused_columns<F>(M, dtype);
-  if (columns > kFusedColumns || K > kMostFusedK) return false;
+bool fused_applies(const TokenSource& s, const Weights& w) {
+  int64_t most = 0;
+  dispatch_float(s.dtype, [&](auto t) { most = kFusedMost<F, decltype(t)>; });
+  const bool vector = w.vector && s.K % 8 == 0 && aligned(s.x, 16) && aligned(s.scale, 16) && aligned(s.shift, 16);
+  if (s.M > most || s.K > kMostFusedK || !vector) return false;
   constexpr size_t kStatic = 2048;  // room for the kernel's own shared variables
-  const FusedShape shape = fused_shape<F>(columns, N, K, device_attribute(cudaDevAttrMultiProcessorCount));
-  return shape.shared_bytes + kStatic <= static_cast<size_t>(device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin));
+  return fused_shape<F>(s.M, w.rows, s.K, s.dtype).shared_bytes + kStatic <=
+         static_cast<size_t>(device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin));
 }
 
 template <typename F>
 void run_fused(const TokenSource& s, const Weights& w, const Epilogue& e, cudaStream_t stream) {
-  const FusedShape shape = fused_shape<F>(fused_columns<F>(s.M, s.dtype), w.rows, s.K,
-                                          device_attribute(cudaDevAttrMultiProcessorCount));
-  const bool vector = s.K % 8 == 0 && aligned(s.x, 16) && aligned(s.scale, 16) && aligned(s.shift, 16);
+  const FusedShape shape = fused_shape<F>(s.M, w.rows, s.K, s.dtype);
   const Grid grid{dim3(shape.blocks), kFusedThreads, shape.shared_bytes};
-  dispatch_float(s.dtype,
-                 [&](auto t) { launch(fused_kernel<F, decltype(t)>, grid, stream, w, s, e, shape, vector); });
+  dispatch_float(s.dtype, [&](auto t) { launch(fused_kernel<F, decltype(t)>, grid, stream, w, s, e, shape); });
 }
 
 }  // namespace bitkernels::cuda

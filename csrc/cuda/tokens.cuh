@@ -65,43 +65,29 @@ int64_t prepared_bytes(int64_t M, int64_t K, DType dtype) {
   return ceil_div(reinterpret_cast<int64_t>(p.tokens + M), 256) * 256;
 }
 
-template <typename T, int kCount>
-struct alignas(kCount * sizeof(T) < 16 ? kCount * sizeof(T) : 16) Run {
-  T e[kCount];
-};
-
-// kCount elements of a row from k on, zero past K. `vector`: rows are whole runs of kCount, aligned.
-template <int kCount, typename T>
-__device__ Run<T, kCount> load_raw(const T* row, int64_t k, int64_t K, bool vector) {
-  if (vector && k + kCount <= K) return *reinterpret_cast<const Run<T, kCount>*>(row + k);
-  Run<T, kCount> run;
-#pragma unroll
-  for (int e = 0; e < kCount; ++e) run.e[e] = k + e < K ? row[k + e] : from_float<T>(0.0f);
-  return run;
-}
-
-template <typename T, int kCount>
-__device__ void load_run(const T* row, int64_t k, int64_t K, bool vector, float (&v)[kCount]) {
-  const Run<T, kCount> run = load_raw<kCount>(row, k, K, vector);
-#pragma unroll
-  for (int e = 0; e < kCount; ++e) v[e] = to_float(run.e[e]);
-}
-
-// The same of factors that may be absent: ones.
-template <int kCount>
-__device__ void load_factors(const float* factors, int64_t k, int64_t K, bool vector, float (&f)[kCount]) {
-  if (factors) return load_run(factors, k, K, vector, f);
-#pragma unroll
-  for (int e = 0; e < kCount; ++e) f[e] = 1.0f;
-}
-
 inline bool aligned(const void* pointer, size_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
+
+// Elements k .. k + 3 of a row, zero past K.
+template <typename T>
+__device__ void load4(const T* row, int64_t k, int64_t K, bool vector, float (&v)[4]) {
+  struct alignas(4 * sizeof(T)) Four {
+    T e[4];
+  };
+  if (vector && k + 4 <= K) {
+    const Four four = *reinterpret_cast<const Four*>(row + k);
+#pragma unroll
+    for (int e = 0; e < 4; ++e) v[e] = to_float(four.e[e]);
+  } else {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) v[e] = k + e < K ? to_float(row[k + e]) : 0.0f;
+  }
+}
 
 __device__ inline void multiply4(const float* factors, int64_t stride, int64_t k, int64_t K, bool vector,
                                  float (&v)[4]) {
   if (!factors) return;
   float f[4] = {factors[0], factors[0], factors[0], factors[0]};
-  if (stride) load_run(factors, k, K, vector, f);
+  if (stride) load4(factors, k, K, vector, f);
 #pragma unroll
   for (int e = 0; e < 4; ++e) v[e] *= f[e];
 }
@@ -132,7 +118,7 @@ __global__ void __launch_bounds__(512) prepare_kernel(TokenSource s, Prepared p,
   float plain = 0.0f;
   for (int64_t k = 4 * threadIdx.x; inside && k < s.K; k += 4 * blockDim.x) {
     float x[4];
-    load_run(row, k, s.K, vector, x);
+    load4(row, k, s.K, vector, x);
     float v[4] = {x[0], x[1], x[2], x[3]};
     multiply4(s.scale, s.stride, k, s.K, vector, v);
     if (s.has_plain) multiply4(s.shift, s.stride, k, s.K, vector, x);
@@ -159,7 +145,7 @@ __global__ void __launch_bounds__(512) prepare_kernel(TokenSource s, Prepared p,
       const int64_t k = word * F::kPerWord + Order::first(q, r);
       float v[4] = {};
       if (inside) {
-        load_run(row, k, s.K, vector, v);
+        load4(row, k, s.K, vector, v);
         multiply4(s.scale, s.stride, k, s.K, vector, v);
       }
 #pragma unroll
