@@ -1,6 +1,7 @@
 // y = epilogue(prepared x times packed weights): which kernel does it.
 #pragma once
 
+#include "fused.cuh"
 #include "skinny.cuh"
 #include "tiled.cuh"
 
@@ -36,6 +37,7 @@ Choice choose(const Prepared& x, int64_t N) {
                 device_attribute(cudaDevAttrMultiProcessorCount));
 }
 
+// Enough for any kernel: which one runs also depends on where the tensors lie.
 template <typename F>
 int64_t forward_workspace(int64_t M, int64_t N, int64_t K, DType dtype) {
   const Prepared x = prepared<F>(M, K, dtype, nullptr);
@@ -44,11 +46,14 @@ int64_t forward_workspace(int64_t M, int64_t N, int64_t K, DType dtype) {
   return prepared_bytes<F>(M, K, dtype) + partial;
 }
 
+// Before the table: tokens that fit the columns of one mma, limb by limb (4 of bf16 or int8, 2 of fp16 or
+// fp32), take one fused kernel where rows are aligned and their activations fit in shared memory.
 template <typename F>
 void run_forward(const TokenSource& source, const uint32_t* w_packed, const Epilogue& e, void* workspace,
                  cudaStream_t stream) {
   const int64_t N = e.columns;
   const Weights w = weights(w_packed, N, ceil_div(source.K, F::kPerWord));
+  if (fused_applies<F>(source, w)) return run_fused<F>(source, w, e, stream);
   const Prepared x = prepared<F>(source.M, source.K, source.dtype, workspace);
   prepare_tokens<F>(source, x, stream);
   const Choice choice = choose<F>(x, N);

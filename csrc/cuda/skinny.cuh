@@ -128,7 +128,7 @@ __global__ void __launch_bounds__(32 * kSkinnyMostWarps, kGroups == 1   ? 4
 
 template <typename F, int kGroups, int kTiles>
 void run_skinny(const Weights& w, const Prepared& x, const Epilogue& e, int64_t M, cudaStream_t stream) {
-  const int64_t pieces = x.units / kUnitsPerPiece;
+  const int64_t pieces = max(x.units / kUnitsPerPiece, int64_t(1));  // K = 0 takes a warp, too
   const int64_t rounds = ceil_div(pieces, kSkinnyMostWarps);
   const int warps = static_cast<int>(ceil_div(pieces, rounds));
   const size_t shared = sizeof(float) * warps * kGroups * kRowsPerGroup * skinny_pitch(kTiles);

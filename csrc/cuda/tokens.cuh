@@ -65,6 +65,8 @@ int64_t prepared_bytes(int64_t M, int64_t K, DType dtype) {
   return ceil_div(reinterpret_cast<int64_t>(p.tokens + M), 256) * 256;
 }
 
+inline bool aligned(const void* pointer, size_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
+
 // Elements k .. k + 3 of a row, zero past K.
 template <typename T>
 __device__ void load4(const T* row, int64_t k, int64_t K, bool vector, float (&v)[4]) {
@@ -196,9 +198,6 @@ __global__ void __launch_bounds__(512) prepare_kernel(TokenSource s, Prepared p,
 
 template <typename F>
 void prepare_tokens(const TokenSource& s, const Prepared& p, cudaStream_t stream) {
-  const auto aligned = [](const void* pointer, size_t bytes) {
-    return reinterpret_cast<uintptr_t>(pointer) % bytes == 0;
-  };
   const int64_t rows_per_token = p.rows / s.M;
   const Grid grid{dim3(static_cast<unsigned>(ceil_div(p.groups * kRowsPerGroup, rows_per_token))),
                   s.M > 64 ? 256 : 512};
