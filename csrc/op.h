@@ -4,7 +4,6 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/macros.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
@@ -124,8 +123,6 @@ class Launch {
     stream_ = static_cast<cudaStream_t>(stream);
   }
   operator cudaStream_t() const { return stream_; }
-  // Reports a launch that failed; call it after the last kernel of an operator.
-  void check() const { STD_CUDA_KERNEL_LAUNCH_CHECK(); }
 
  private:
   torch::stable::accelerator::DeviceGuard guard_;
@@ -136,7 +133,6 @@ class Launch {
           torch::stable::parallel_for(0, n, grain, f);
         }) {}
   operator const ParallelFor&() const { return parallel_for_; }
-  void check() const {}
 
  private:
   ParallelFor parallel_for_;

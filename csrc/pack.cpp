@@ -18,7 +18,6 @@ Tensor pack(const char* op, const Tensor& w, DType dtype, int64_t per_word, cons
   const Tensor wd = dense(w);
   const Launch launch(w);
   kernel(wd.const_data_ptr(), dtype, static_cast<uint32_t*>(packed.mutable_data_ptr()), N, K, launch);
-  launch.check();
   return packed;
 }
 
@@ -33,7 +32,6 @@ Tensor unpack(const char* op, const Tensor& w_packed, int64_t K, ScalarType type
   const Tensor wd = dense(w_packed);
   const Launch launch(w_packed);
   kernel(words(wd), w.mutable_data_ptr(), dtype, N, K, launch);
-  launch.check();
   return w;
 }
 

@@ -62,6 +62,7 @@ def run_reference(case, tensors):
     return reference.causal_conv1d(*tensors, "silu" if case.activation else None)
 
 
+@pytest.mark.memcheck
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_value_and_gradients(case, dtype, device):

@@ -40,6 +40,7 @@ def inputs(case, device, dtype, requires_grad=False):
     return [t.to(device).requires_grad_(requires_grad) for t in (x, z, weight)]
 
 
+@pytest.mark.memcheck
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_value_and_gradients(case, dtype, device):

@@ -93,6 +93,7 @@ def op_arguments(case, tensors):
     return (*tensors, case.softplus, low, None if high == math.inf else high, 64)
 
 
+@pytest.mark.memcheck
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_value(case, dtype, device):
@@ -105,6 +106,7 @@ def test_value(case, dtype, device):
     assert_close("final_states", final_states, final_ref, TOLERANCE[dtype])
 
 
+@pytest.mark.memcheck
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_gradients(case, dtype, device):

@@ -54,6 +54,7 @@ def inputs(case, device, dtype, state_dtype=None):
     return [None if t is None else t.to(device) for t in tensors]
 
 
+@pytest.mark.memcheck
 @pytest.mark.parametrize("state_dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
