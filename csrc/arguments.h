@@ -2,22 +2,27 @@
 #pragma once
 
 #include <algorithm>
+#include <concepts>
 #include <cstdint>
-#include <ostream>
-#include <sstream>
+#include <cstdio>
 #include <stdexcept>
+#include <string>
 
 #include "kernels.h"
 
 namespace bitkernels {
 
-// Python sees a ValueError with this message, which names the operator, the argument and the value found.
-template <typename... Parts>
-void check_argument(bool holds, const Parts&... parts) {
-  if (holds) return;
-  std::ostringstream out;
-  (out << ... << parts);
-  throw std::invalid_argument(out.str());
+// Messages are put together without streams: those format numbers through the locale of whichever C++
+// runtime was loaded first, which need not be the one this library was built with.
+inline const std::string& to_text(const std::string& part) { return part; }
+inline std::string to_text(double part) {
+  char digits[32];
+  std::snprintf(digits, sizeof(digits), "%g", part);
+  return digits;
+}
+template <std::integral T>
+std::string to_text(T part) {
+  return std::to_string(part);
 }
 
 // Prints and compares as [2, 3]; Sizes is any sequence of integers. A check that holds formats nothing.
@@ -29,18 +34,21 @@ struct Shape {
   bool operator==(const Shape<Other>& other) const {
     return std::equal(sizes.begin(), sizes.end(), other.sizes.begin(), other.sizes.end());
   }
-  friend std::ostream& operator<<(std::ostream& out, const Shape& shape) {
-    const char* separator = "";
-    out << '[';
-    for (int64_t size : shape.sizes) {
-      out << separator << size;
-      separator = ", ";
-    }
-    return out << ']';
+  friend std::string to_text(const Shape& shape) {
+    std::string out = "[";
+    for (int64_t size : shape.sizes) out += (out.size() > 1 ? ", " : "") + std::to_string(size);
+    return out + "]";
   }
 };
 template <typename Sizes>
 Shape(Sizes) -> Shape<Sizes>;
+
+// Python sees a ValueError with this message, which names the operator, the argument and the value found.
+template <typename... Parts>
+void check_argument(bool holds, const Parts&... parts) {
+  if (holds) return;
+  throw std::invalid_argument((std::string() + ... + to_text(parts)));
+}
 
 // w_packed must hold rows of K weights; words fix K up to padding.
 template <typename Sizes>
