@@ -48,9 +48,9 @@ def _(x, w_packed, alpha, beta, bias=None):
 
 
 @torch.library.register_fake("bitkernels::packed_linear_backward")
-def _(grad, x, w_packed, alpha, beta):
-    column = is_column_scale(alpha, x.shape[-1])
-    dalpha = alpha.new_empty(alpha.shape if column else 0)
+def _(grad, x, w_packed, alpha, beta, scale_grads=True):
+    sums = scale_grads and is_column_scale(alpha, x.shape[-1])
+    dalpha = alpha.new_empty(alpha.shape if sums else 0)
     return x.new_empty(x.shape), dalpha, torch.empty_like(dalpha)
 
 
@@ -71,7 +71,9 @@ def _backward(ctx, grad):
     dx = dalpha = dbeta = dbias = None
     column = is_column_scale(alpha, x.shape[-1])
     if need_x or (column and (need_alpha or need_beta)):
-        dx, dalpha, dbeta = torch.ops.bitkernels.packed_linear_backward(grad, x, w_packed, alpha, beta)
+        dx, dalpha, dbeta = torch.ops.bitkernels.packed_linear_backward(
+            grad, x, w_packed, alpha, beta, need_alpha or need_beta
+        )
     if not column:
         wide = alpha.dtype if alpha.dtype == torch.float64 else torch.float32
         tokens = tuple(range(grad.dim() - 1))

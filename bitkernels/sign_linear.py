@@ -60,25 +60,37 @@ def _setup_context(ctx, inputs, output):
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
+def weight_product(grad: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``dY^T X`` over all tokens, [N, K] in ``dtype``; sums stay in float32 where the GPU can leave them there."""
+    grad, x = (grad.flatten(0, -2), x.flatten(0, -2)) if grad.dim() > 1 else (grad[None], x[None])
+    if grad.is_cuda and grad.dtype != dtype == torch.float32:
+        return torch.mm(grad.t(), x, out_dtype=dtype)
+    return (grad.t() @ x).to(dtype)
+
+
 def _backward(ctx, grad, _):
     x, w_packed, alpha, beta = ctx.saved_tensors
     need_x, need_weight, need_alpha, need_beta, need_bias = needed_grads(ctx, 5)
     K = x.shape[-1]
     column = is_column_scale(alpha, K)
     dx = dweight = dalpha = dbeta = dbias = None
-    if need_x or (column and (need_alpha or need_beta)):
-        dx, dalpha, dbeta = torch.ops.bitkernels.packed_linear_backward(grad, x, w_packed, alpha, beta)
-    if need_weight or (not column and (need_alpha or need_beta)):
-        product = grad.flatten(0, -2).t() @ x.flatten(0, -2) if grad.dim() > 1 else torch.outer(grad, x)
-        product = product.to(ctx.weight_dtype)
+    # The weight's gradient G = dY^T X holds those of the scales: dalpha sums S * G, dbeta sums G.
+    product_needed = need_weight or (not column and (need_alpha or need_beta))
+    scales_of_product = product_needed and (need_alpha or need_beta)
+    if need_x or (need_alpha or need_beta) and not product_needed:
+        dx, dalpha, dbeta = torch.ops.bitkernels.packed_linear_backward(
+            grad, x, w_packed, alpha, beta, (need_alpha or need_beta) and not product_needed
+        )
+    if product_needed:
+        product = weight_product(grad, x, ctx.weight_dtype)
         if need_weight:
             dweight = product * alpha.to(ctx.weight_dtype)
-        if not column:
-            if need_alpha:
-                signs = torch.ops.bitkernels.unpack_sign(w_packed, K, dtype=product.dtype)
-                dalpha = row_scale_grads((signs * product).sum(1), alpha)
-            if need_beta:
-                dbeta = row_scale_grads(product.sum(1), beta)
+        if scales_of_product:
+            signs = torch.ops.bitkernels.unpack_sign(w_packed, K, dtype=product.dtype)
+            rows = 0 if column else 1
+            signed, total = (signs * product).sum(rows), product.sum(rows)
+            dalpha = signed.reshape(alpha.shape).to(alpha.dtype) if column else row_scale_grads(signed, alpha)
+            dbeta = total.reshape(beta.shape).to(beta.dtype) if column else row_scale_grads(total, beta)
     if need_bias:
         dbias = grad.sum(tuple(range(grad.dim() - 1))).to(ctx.bias_dtype)
     return dx if need_x else None, dweight, dalpha if need_alpha else None, dbeta if need_beta else None, dbias

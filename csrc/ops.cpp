@@ -13,7 +13,8 @@ STABLE_TORCH_LIBRARY(bitkernels, m) {
 
   m.def("packed_linear(Tensor x, Tensor w_packed, Tensor alpha, Tensor beta, Tensor? bias=None) -> Tensor");
   m.def(
-      "packed_linear_backward(Tensor grad, Tensor x, Tensor w_packed, Tensor alpha, Tensor beta) -> "
+      "packed_linear_backward(Tensor grad, Tensor x, Tensor w_packed, Tensor alpha, Tensor beta, "
+      "bool scale_grads=True) -> "
       "(Tensor dx, Tensor dalpha, Tensor dbeta)");
   m.def(
       "sign_linear(Tensor x, Tensor weight, Tensor alpha, Tensor beta, Tensor? bias=None) -> "

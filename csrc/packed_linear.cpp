@@ -66,7 +66,7 @@ Tensor packed_linear(const Tensor& x, const Tensor& w_packed, const Tensor& alph
 }
 
 std::tuple<Tensor, Tensor, Tensor> packed_linear_backward(const Tensor& grad, const Tensor& x, const Tensor& w_packed,
-                                                          const Tensor& alpha, const Tensor& beta) {
+                                                          const Tensor& alpha, const Tensor& beta, bool scale_grads) {
   constexpr const char* op = "packed_linear_backward";
   const Problem p = check(op, x, w_packed, alpha, beta);
   check_same_device(op, "grad", grad, x);
@@ -74,10 +74,10 @@ std::tuple<Tensor, Tensor, Tensor> packed_linear_backward(const Tensor& grad, co
   const std::vector<int64_t> grad_sizes = sizes_with_last(x, p.N);
   check_argument(shape(grad) == Shape{grad_sizes}, op, ": grad must be of shape ", Shape{grad_sizes}, ", got ",
                  shape(grad));
-  const bool column = p.axis == ScaleAxis::kColumn;
+  const bool sums = scale_grads && p.axis == ScaleAxis::kColumn;
   Tensor dx = torch::stable::new_empty(x, sizes_with_last(x, p.K));
   const std::vector<int64_t> scale_sizes =
-      column ? std::vector<int64_t>(alpha.sizes().begin(), alpha.sizes().end()) : std::vector<int64_t>{0};
+      sums ? std::vector<int64_t>(alpha.sizes().begin(), alpha.sizes().end()) : std::vector<int64_t>{0};
   Tensor dalpha = torch::stable::new_empty(alpha, scale_sizes, p.scales);
   Tensor dbeta = torch::stable::new_empty(alpha, scale_sizes, p.scales);
   if (p.M == 0 || p.N == 0 || p.K == 0) {
@@ -92,8 +92,8 @@ std::tuple<Tensor, Tensor, Tensor> packed_linear_backward(const Tensor& grad, co
         .alpha = ad.const_data_ptr(),
         .beta = bd.const_data_ptr(),
         .dx = dx.mutable_data_ptr(),
-        .dalpha = column ? dalpha.mutable_data_ptr() : nullptr,
-        .dbeta = column ? dbeta.mutable_data_ptr() : nullptr,
+        .dalpha = sums ? dalpha.mutable_data_ptr() : nullptr,
+        .dbeta = sums ? dbeta.mutable_data_ptr() : nullptr,
         .workspace = nullptr,
         .dtype = p.dtype,
         .axis = p.axis,

@@ -74,7 +74,7 @@ def packed_linear(x: Tensor, w_packed: Tensor, alpha: Tensor, beta: Tensor, bias
 
 
 def packed_linear_backward(
-    grad: Tensor, x: Tensor, w_packed: Tensor, alpha: Tensor, beta: Tensor
+    grad: Tensor, x: Tensor, w_packed: Tensor, alpha: Tensor, beta: Tensor, scale_grads: bool = True
 ) -> tuple[Tensor, Tensor, Tensor]:
     op = "packed_linear_backward"
     axis = _check(op, x, w_packed, alpha, beta)
@@ -82,10 +82,10 @@ def packed_linear_backward(
     check(grad.dtype == x.dtype, op, f"grad must be {x.dtype} as x is, got {grad.dtype}")
     check_device(op, "grad", grad, x)
     check_shape(op, "grad", grad, (*x.shape[:-1], N))
-    column = axis == "column"
+    sums_wanted = scale_grads and axis == "column"
     dx = x.new_empty(x.shape)
     if x.numel() == 0:
-        empty = alpha.shape if column else (0,)
+        empty = alpha.shape if sums_wanted else (0,)
         return dx, alpha.new_zeros(empty), alpha.new_zeros(empty)
 
     rows, out, w = rows_of(grad), dx.view(-1, K), words_of(w_packed)
@@ -97,9 +97,9 @@ def packed_linear_backward(
         total = prepare(rows, None, None, lanes=None)[3]
         sums = matmul(
             rows, w, out, SIGN_BITS, total=total, alpha=a, beta=b, transposed=True,
-            scales_of=rows_of(x) if column else None,
+            scales_of=rows_of(x) if sums_wanted else None,
         )  # fmt: skip
-        if column:
+        if sums_wanted:
             return dx, *(s.view(alpha.shape).to(alpha.dtype) for s in sums)
     return dx, alpha.new_empty(0), alpha.new_empty(0)
 

@@ -56,7 +56,8 @@ void run_forward(const TokenSource& source, const uint32_t* w_packed, const Epil
   const int64_t N = e.columns;
   const Weights w = weights(w_packed, N, ceil_div(source.K, F::kPerWord));
   if (fused_applies<F>(source, w)) return run_fused<F>(source, w, e, stream);
-  if (warpgroup_applies(source.dtype, source.K, source.scale)) return run_warpgroup_forward<F>(source, w, e, workspace, stream);
+  if (warpgroup_applies(source.dtype, source.K, source.scale))
+    return run_warpgroup_forward<F>(source, w, e, workspace, stream);
   const Prepared x = prepared<F>(source.M, source.K, source.dtype, workspace);
   prepare_tokens<F>(source, x, stream);
   const Choice choice = choose<F>(x, N);

@@ -1,4 +1,6 @@
 #include "backward.cuh"
+#include "transpose.cuh"
+#include "warpgroup_forward.cuh"
 
 namespace bitkernels::cuda {
 namespace {
@@ -37,16 +39,40 @@ __global__ void __launch_bounds__(256) add_rows_kernel(const float* dalpha_rows,
   dbeta[k] = b;
 }
 
+// Without sums over tokens, dx is the forward matmul with the transposed weights: scales of columns become scales
+// of rows.
+bool by_transposition(const PackedLinearBackward& p) {
+  return !p.dalpha && warpgroup_applies(p.dtype, p.N, p.axis == ScaleAxis::kRow);
+}
+
+void run_by_transposition(const PackedLinearBackward& p, cudaStream_t stream) {
+  uint32_t* transposed = static_cast<uint32_t*>(p.workspace);
+  transpose_packed<1>(p.w_packed, transposed, p.N, p.K, stream);
+  const float* alpha = static_cast<const float*>(p.alpha);
+  const float* beta = static_cast<const float*>(p.beta);
+  const bool of_summed = p.axis == ScaleAxis::kRow;
+  TokenSource source{p.grad, nullptr, nullptr, 1, true, p.dtype, p.M, p.N};
+  Epilogue epilogue{nullptr, nullptr, p.axis == ScaleAxis::kColumn ? 1 : 0, nullptr, p.dx, p.dtype, p.K};
+  (of_summed ? source.scale : epilogue.scale) = alpha;
+  (of_summed ? source.shift : epilogue.shift) = beta;
+  run_warpgroup_forward<SignF16>(source, weights(transposed, p.K, ceil_div(p.N, kSignsPerWord)), epilogue,
+                                 static_cast<char*>(p.workspace) + transposed_bytes<1>(p.N, p.K), stream);
+}
+
 }  // namespace
 
 int64_t packed_linear_backward_workspace(const PackedLinearBackward& p) {
+  if (by_transposition(p)) {
+    return transposed_bytes<1>(p.N, p.K) + warpgroup_workspace<SignF16>(p.grad, p.M, p.N);
+  }
   const Prepared dy = prepared<SignColumns::Gradient>(p.M, p.N, p.dtype, nullptr);
-  const int64_t partial = p.axis == ScaleAxis::kColumn ? 2 * gradient_rows(dy) * p.K * sizeof(float) : 0;
+  const int64_t partial = p.dalpha ? 2 * gradient_rows(dy) * p.K * sizeof(float) : 0;
   return prepared_bytes<SignColumns::Gradient>(p.M, p.N, p.dtype) + partial;
 }
 
 // Row and single scales belong to the summed index, so they scale dy; column scales belong to dx.
 void packed_linear_backward(const PackedLinearBackward& p, Executor stream) {
+  if (by_transposition(p)) return run_by_transposition(p, stream);
   const float* alpha = static_cast<const float*>(p.alpha);
   const float* beta = static_cast<const float*>(p.beta);
   const bool column = p.axis == ScaleAxis::kColumn;

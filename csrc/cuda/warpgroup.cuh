@@ -20,10 +20,10 @@
 
 namespace bitkernels::cuda {
 
-constexpr int kWarpgroup = 128;          // threads
-constexpr int kWarpgroupRows = 64;       // of wgmma
-constexpr int kBoxBytes = 128;           // of a row of activations in shared memory: one swizzle
-constexpr int kStepBytes = 64;           // of a row of activations: what one step of the loop consumes
+constexpr int kWarpgroup = 128;     // threads
+constexpr int kWarpgroupRows = 64;  // of wgmma
+constexpr int kBoxBytes = 128;      // of a row of activations in shared memory: one swizzle
+constexpr int kStepBytes = 64;      // of a row of activations: what one step of the loop consumes
 constexpr int kMostCluster = 4;
 
 enum class ScalesOf { kColumns, kRows, kNothing };
@@ -37,8 +37,8 @@ struct WarpgroupProblem {
   void* y;              // [M, rows]
   int64_t rows, words, M, K;
   int scale_stride;
-  bool aligned_words;   // rows of the weights start on 16-byte boundaries
-  bool boxed_output;    // rows of y start on 16-byte boundaries
+  bool aligned_words;  // rows of the weights start on 16-byte boundaries
+  bool boxed_output;   // rows of y start on 16-byte boundaries
   int row_tiles, tiles;
 };
 
@@ -49,7 +49,7 @@ struct WarpgroupTile {
   static constexpr int kSplit = kSplit_;          // of K, a warpgroup each
   static constexpr int kBoxes = kBoxes_;          // of 128 bytes of K in a stage
   static constexpr int kStages = kStages_;
-  static constexpr int kResident = kResident_;    // blocks on a processor
+  static constexpr int kResident = kResident_;  // blocks on a processor
   static constexpr int kRows = kRowGroups * kWarpgroupRows;
   static constexpr int kConsumers = kRowGroups * kSplit;
   static constexpr int kThreads = kWarpgroup * (kConsumers + 1);
@@ -102,9 +102,9 @@ WarpgroupLayout<F, Tile> warpgroup_layout(ScalesOf scales, int64_t K) {
   using Layout = WarpgroupLayout<F, Tile>;
   const int64_t available = device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor) / Tile::kResident - 1024;
   const int64_t most = std::min<int64_t>(available, device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin));
-  Layout layout{Tile::kStages,
-                scales == ScalesOf::kColumns ? ceil_div(K, Layout::kDepth) * Layout::kDepth / 2 * int64_t(sizeof(Values))
-                                             : 0};
+  Layout layout{Tile::kStages, scales == ScalesOf::kColumns
+                                   ? ceil_div(K, Layout::kDepth) * Layout::kDepth / 2 * int64_t(sizeof(Values))
+                                   : 0};
   while (layout.stages > 0 && layout.bytes() > most) --layout.stages;
   return layout;
 }
@@ -128,19 +128,32 @@ __device__ void fetch_words(const WarpgroupProblem& p, int64_t first_row, int64_
 }
 
 // Both values of each pair of columns, zero past K: [16 columns][lane of a quad][2t and 2t + 1, 2t + 8 and 2t + 9].
+// A thread takes four columns at a time, and asks for those of kBatch times at once.
 template <typename T>
-__device__ void tabulate_scales(const WarpgroupProblem& p, int64_t pairs, SharedAddress table, int thread, int threads) {
-  for (int64_t i = thread; i < pairs; i += threads) {
-    float alpha[2], beta[2];
+__device__ void tabulate_scales(const WarpgroupProblem& p, int columns, SharedAddress table, int thread, int threads) {
+  constexpr int kBatch = 5;
+  const bool vector =
+      p.K % 4 == 0 && reinterpret_cast<uintptr_t>(p.alpha) % 16 == 0 && reinterpret_cast<uintptr_t>(p.beta) % 16 == 0;
+  for (int first = 4 * thread; first < columns; first += 4 * threads * kBatch) {
+    float alpha[kBatch][4], beta[kBatch][4];
 #pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      const bool inside = 2 * i + e < p.K;
-      alpha[e] = inside ? p.alpha[2 * i + e] : 0.0f;
-      beta[e] = inside ? p.beta[2 * i + e] : 0.0f;
+    for (int j = 0; j < kBatch; ++j) {
+      const int k = first + 4 * threads * j;
+      load4(p.alpha, k, p.K, vector, alpha[j]);
+      load4(p.beta, k, p.K, vector, beta[j]);
     }
-    const Values values = values_of<T>(alpha[0], beta[0], alpha[1], beta[1]);
-    const int64_t place = i / 8 * 8 + i % 4 * 2 + i % 8 / 4;
-    store_words(table + static_cast<SharedAddress>(place * sizeof(Values)), values.low, values.difference);
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) {
+      const int k = first + 4 * threads * j;
+      if (k >= columns) break;
+#pragma unroll
+      for (int e = 0; e < 4; e += 2) {
+        const Values values = values_of<T>(alpha[j][e], beta[j][e], alpha[j][e + 1], beta[j][e + 1]);
+        const int pair = (k + e) / 2;
+        const int place = pair / 8 * 8 + pair % 4 * 2 + pair % 8 / 4;
+        store_words(table + place * sizeof(Values), values.low, values.difference);
+      }
+    }
   }
 }
 
@@ -197,12 +210,11 @@ __device__ inline float finish_row(const RowScalars& r, float sum) { return fmaf
 template <class F, ScalesOf kScales, class Tile, typename Out>
 __device__ void consume(const CUtensorMap& output, const WarpgroupProblem& p, SharedAddress stages, int slots,
                         SharedAddress out, SharedAddress parts, SharedAddress scales, SharedAddress full,
-                        SharedAddress empty, SharedAddress received, int rank, int blocks, int cluster, int clusters) {
+                        SharedAddress empty, SharedAddress received, int group, int rank, int blocks, int cluster,
+                        int clusters) {
   using Layout = WarpgroupLayout<F, Tile>;
   using Accumulator = typename F::Accumulator;
   constexpr bool kColumnScales = kScales == ScalesOf::kColumns;
-  // The same in all lanes, and known to be.
-  const int group = __shfl_sync(0xffffffff, threadIdx.x / kWarpgroup, 0);
   const int row_group = Tile::kRowGroups == 1 ? 0 : Tile::kSplit == 1 ? group : group % Tile::kRowGroups;
   const int split = Tile::kSplit == 1 ? 0 : group / Tile::kRowGroups;
   const int thread = threadIdx.x % kWarpgroup;
@@ -216,7 +228,7 @@ __device__ void consume(const CUtensorMap& output, const WarpgroupProblem& p, Sh
   const int count = first_stage(all_stages, rank + 1, blocks) - begin;
   constexpr int kConsumerThreads = kWarpgroup * Tile::kConsumers;
   if constexpr (kColumnScales) {
-    tabulate_scales<typename F::T>(p, int64_t(all_stages) * (Layout::kDepth / 2), scales, threadIdx.x, kConsumerThreads);
+    tabulate_scales<typename F::T>(p, all_stages * Layout::kDepth, scales, threadIdx.x, kConsumerThreads);
     named_barrier(1, kConsumerThreads);
   }
 
@@ -243,6 +255,8 @@ __device__ void consume(const CUtensorMap& output, const WarpgroupProblem& p, Sh
       load_words(my_scales + s * kScaleStage + at * kScaleStep + kScaleStep / 2, step.columns[1]);
     }
   };
+
+  const uint64_t first_operand = wgmma_descriptor(stages + split * Tile::kBoxSize);
 
   int slot = 0;
   int parity = 0;
@@ -273,6 +287,7 @@ __device__ void consume(const CUtensorMap& output, const WarpgroupProblem& p, Sh
     }
     for (int s = 0; s < count; ++s) {
       const SharedAddress now = stage;
+      const uint64_t in_stage = first_operand + ((now - stages) >> 4);
       const int last_slot = slot == 0 ? slots - 1 : slot - 1;
       stage += Layout::kStageBytes;
       if (++slot == slots) {
@@ -282,7 +297,7 @@ __device__ void consume(const CUtensorMap& output, const WarpgroupProblem& p, Sh
       }
 #pragma unroll
       for (int i = 0; i < Layout::kSteps; ++i) {
-        uint32_t(&operands)[2][4] = a[i % 2];
+        uint32_t (&operands)[2][4] = a[i % 2];
         if constexpr (kColumnScales) {
           const auto& c = step.columns;
           const Values columns[2][2] = {{{c[0][0], c[0][1]}, {c[0][2], c[0][3]}},
@@ -293,8 +308,8 @@ __device__ void consume(const CUtensorMap& output, const WarpgroupProblem& p, Sh
         } else {
           operand.decode(step.upper, step.lower, operands);
         }
-        const SharedAddress box = now + (i / kStepsOfBox * Tile::kSplit + split) * Tile::kBoxSize;
-        const uint64_t b = wgmma_descriptor(box + i % kStepsOfBox * kStepBytes);
+        const int at = i / kStepsOfBox * Tile::kSplit * Tile::kBoxSize + i % kStepsOfBox * kStepBytes;
+        const uint64_t b = in_stage + at / 16;
         wgmma_fence();
         wgmma(typename F::T(), sums, operands[0], b, s > 0 || i > 0);
         wgmma(typename F::T(), sums, operands[1], b + kStepBytes / 2 / 16, 1);
@@ -327,8 +342,9 @@ __device__ void consume(const CUtensorMap& output, const WarpgroupProblem& p, Sh
       const int owned = (Tile::kBlocksOfEight + all - 1) / all;
       const auto place = [&](int owner_split, int i, int from, int owner) {
         const int sender = from - (from > owner);
-        return parts + (((row_group * Tile::kSplit + owner_split) * owned + i / all) * (all - 1) + sender) *
-                           Tile::kFragmentBytes +
+        return parts +
+               (((row_group * Tile::kSplit + owner_split) * owned + i / all) * (all - 1) + sender) *
+                   Tile::kFragmentBytes +
                thread * 16;
       };
       // In a cluster each warpgroup has a barrier that counts what it is sent. Alone, the warpgroups wait for each
@@ -438,6 +454,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
   const SharedAddress full = stages + layout.barriers();
   const SharedAddress empty = full + 8 * layout.stages;
   const SharedAddress received = empty + 8 * layout.stages;
+  // The same in all lanes, and known to be: what follows from it lives in uniform registers.
+  const int group = __shfl_sync(0xffffffff, threadIdx.x / kWarpgroup, 0);
   const int rank = blocks > 1 ? cluster_rank() : 0;
   const int cluster = static_cast<int>(blockIdx.x) / blocks;
   const int clusters = static_cast<int>(gridDim.x) / blocks;
@@ -455,13 +473,14 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
   if (blocks > 1) wait_for_cluster();
   __syncthreads();
   wait_for_previous_kernel();
-  if (threadIdx.x / kWarpgroup == Tile::kConsumers) {
+  if (group == Tile::kConsumers) {
     if constexpr (Tile::kUnequalRegisters) asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
     produce<F, Tile>(activations, p, stages, layout.stages, full, empty, rank, blocks, cluster, clusters);
   } else {
     if constexpr (Tile::kUnequalRegisters) asm volatile("setmaxnreg.inc.sync.aligned.u32 224;");
     consume<F, kScales, Tile, Out>(output, p, stages, layout.stages, stages + layout.out(), stages + layout.parts(),
-                                   stages + layout.scales(), full, empty, received, rank, blocks, cluster, clusters);
+                                   stages + layout.scales(), full, empty, received, group, rank, blocks, cluster,
+                                   clusters);
   }
 #endif
 }

@@ -85,8 +85,7 @@ __global__ void __launch_bounds__(256)
 
 template <class Operand, ScalesOf kScales, typename Out>
 void run_plan(const void* x, int64_t pitch, const WarpgroupProblem& p, bool overlaps_previous, cudaStream_t stream) {
-  const Plan plan =
-      plan_tiles<Operand>(kScales, p.M, p.rows, p.K, device_attribute(cudaDevAttrMultiProcessorCount));
+  const Plan plan = plan_tiles<Operand>(kScales, p.M, p.rows, p.K, device_attribute(cudaDevAttrMultiProcessorCount));
   with_tile<typename Operand::T>(plan.tile, [&](auto tile) {
     run_warpgroup<Operand, kScales, decltype(tile), Out>(x, pitch, p, plan.blocks, overlaps_previous, stream);
   });
@@ -120,15 +119,16 @@ void run_warpgroup_forward(const TokenSource& s, const Weights& w, const Epilogu
     using T = decltype(t);
     if constexpr (F::kInteger) {
       x = workspace;
-      launch(quantize_rows_kernel<T>, Grid{dim3(static_cast<unsigned>(s.M)), 256}, stream,
-             static_cast<const T*>(s.x), static_cast<int8_t*>(workspace), tokens, s.K, rows.pitch);
+      launch(quantize_rows_kernel<T>, Grid{dim3(static_cast<unsigned>(s.M)), 256}, stream, static_cast<const T*>(s.x),
+             static_cast<int8_t*>(workspace), tokens, s.K, rows.pitch);
       run_plan<TernaryInt8Operand, ScalesOf::kNothing, T>(x, rows.pitch, p, true, stream);
     } else {
       if (rows.bytes) {
         constexpr int kThreads = 256;
         constexpr int64_t kMostRows = 4096;
         x = workspace;
-        launch(pad_rows_kernel<T>, Grid{dim3(blocks_for(rows.pitch, kThreads), blocks_for(s.M, 1, kMostRows)), kThreads}, stream,
+        launch(pad_rows_kernel<T>,
+               Grid{dim3(blocks_for(rows.pitch, kThreads), blocks_for(s.M, 1, kMostRows)), kThreads}, stream,
                static_cast<const T*>(s.x), static_cast<T*>(workspace), s.M, s.K, rows.pitch);
       }
       const bool overlaps = rows.bytes > 0;

@@ -11,11 +11,15 @@ constexpr int kTokensOfTile[] = {16, 32, 64, 128, 176, std::is_same_v<T, int8_t>
 constexpr int kTiles = 7;
 
 template <typename T, int tile>
-using TileOf = std::conditional_t<tile == 0, WarpgroupTile<16, 1, 2, 4, 6, 2>,
-               std::conditional_t<tile == 1, WarpgroupTile<32, 1, 2, 4, 4, 2>,
-               std::conditional_t<tile == 2, WarpgroupTile<64, 1, 2, 4, 3, 1>,
-               std::conditional_t<tile == 3, WarpgroupTile<128, 2, 1, 2, 3, 1>,
-               WarpgroupTile<kTokensOfTile<T>[tile], 2, 1, 1, tile == 6 ? 4 : 5, 1>>>>>;  // clang-format would stack these
+using TileOf = std::conditional_t<
+    tile == 0, WarpgroupTile<16, 1, 2, 4, 6, 2>,
+    std::conditional_t<tile == 1, WarpgroupTile<32, 1, 2, 4, 4, 2>,
+                       std::conditional_t<tile == 2, WarpgroupTile<64, 1, 2, 4, 3, 1>,
+                                          std::conditional_t<tile == 3, WarpgroupTile<128, 2, 1, 2, 4, 1>,
+                                                             WarpgroupTile<kTokensOfTile<T>[tile], 2, 1, 1,
+                                                                           tile == 6 ? 4 : 5, 1>>>>>;  // clang-format
+                                                                                                       // would stack
+                                                                                                       // these
 
 struct Plan {
   int tile;
@@ -27,10 +31,10 @@ struct Plan {
 struct TileCost {
   int rows, step, rest;
 };
-constexpr TileCost kTileCosts[kTiles] = {{64, 95, 1100},  {64, 105, 1100},  {64, 112, 1300}, {128, 292, 1700},
+constexpr TileCost kTileCosts[kTiles] = {{64, 95, 1100},   {64, 105, 1100},  {64, 112, 1300}, {128, 292, 1700},
                                          {128, 385, 2200}, {128, 462, 2500}, {128, 524, 2900}};
-constexpr int kStartCost = 3500;    // of a block, until its first products: what clusters pay for every tile
-constexpr int kClusterCost = 1000;  // of adding up over a cluster
+constexpr int kStartCost = 3500;    // of a block, until its first products
+constexpr int kClusterCost = 1500;  // of starting together and adding up
 
 template <class F, int tile = 0>
 bool tile_fits(int wanted, ScalesOf scales, int64_t K) {
@@ -53,10 +57,12 @@ Plan plan_tiles(ScalesOf scales, int64_t M, int64_t N, int64_t K, int processors
     const TileCost& cost = kTileCosts[tile];
     const int tokens = kTokensOfTile<T>[tile];
     const int64_t tiles = ceil_div(N, cost.rows) * ceil_div(M, tokens);
-    for (int blocks = 1; blocks <= (tokens <= 128 ? kMostCluster : 1); ++blocks) {
+    for (int blocks = 1; blocks <= (tokens <= 128 ? kMostCluster : 1); blocks *= 2) {
+      // Clusters pay where processors would idle; a second round of them costs a second start.
+      if (blocks > 1 && tiles * blocks > processors) break;
       const int64_t rounds = ceil_div(tiles * blocks, processors);
-      const int64_t of_tile = ceil_div(steps, blocks) * cost.step + cost.rest + (blocks > 1 ? kStartCost : 0);
-      const int64_t cycles = rounds * of_tile + (blocks > 1 ? kClusterCost : kStartCost);
+      const int64_t cycles =
+          kStartCost + rounds * (ceil_div(steps, blocks) * cost.step + cost.rest) + (blocks > 1 ? kClusterCost : 0);
       if (cycles < least) {
         least = cycles;
         best = {tile, blocks};
