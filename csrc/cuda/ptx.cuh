@@ -34,6 +34,12 @@ __device__ inline void copy_async(void* shared, const void* global) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(global) : "memory");
 }
 
+// 4 bytes, for rows that are no whole vectors.
+__device__ inline void copy_word_async(void* shared, const uint32_t* global) {
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(address), "l"(global) : "memory");
+}
+
 __device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 // Waits until at most `pending` of this thread's committed groups are under way.
@@ -50,6 +56,8 @@ __device__ inline uint4 load_streaming(const uint4* p) {
                : "l"(p));
   return v;
 }
+
+__device__ inline void prefetch_to_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
 // Lets a kernel launched with Grid::overlaps_previous start, once every block has called this.
 __device__ inline void let_next_kernel_start() {
