@@ -1,7 +1,8 @@
 // Products of single bits: d[64, n] += popcount(a[64, 256] & b[n, 256]), by the four warps of a warpgroup.
 //
-// A and B lie in shared memory in chunks of 128 bits of k: [chunk][row], 16 bytes each, eight rows of one chunk
-// being what the tensor cores fetch at once. A row of packed weights is A as it is.
+// A and B lie in shared memory in chunks of 128 bits of k, 16 bytes each: [chunk][row], or in panels of eight chunks a
+// row, [row][chunk], where chunk c of row r has the place of c ^ r % 8, so that both a row and a column of chunks lie
+// in different banks. A row of packed weights is A as it is.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -12,14 +13,33 @@ namespace bitkernels::cuda {
 
 constexpr int kBitMmaRows = 64;
 constexpr int kBitMmaChunks = 2;
+constexpr int kPanelChunks = 8;
+constexpr int kPanelRowBytes = 16 * kPanelChunks;
+constexpr int kPanelAlignment = 1024;
+
+__device__ inline uint32_t panel_offset(uint32_t row, uint32_t chunk) {
+  return row * kPanelRowBytes + (chunk ^ row) % kPanelChunks * 16;
+}
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
-// `pitch`: bytes from one chunk to the next.
-__device__ inline uint64_t bit_operand(const void* shared, int pitch) {
-  constexpr uint64_t kEightRows = 128;
-  const uint64_t address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-  return (address & 0x3ffff) >> 4 | static_cast<uint64_t>(pitch >> 4) << 16 | kEightRows >> 4 << 32;
+__device__ inline uint64_t operand_at(const void* shared) {
+  return (static_cast<uint32_t>(__cvta_generic_to_shared(shared)) & 0x3ffff) >> 4;
+}
+
+// [chunk][row], `pitch` bytes from one chunk to the next.
+__device__ inline uint64_t chunk_operand(const void* shared, int pitch) {
+  constexpr uint64_t kEightRows = 8 * 16;
+  return operand_at(shared) | static_cast<uint64_t>(pitch >> 4) << 16 | kEightRows >> 4 << 32;
+}
+
+// Step `s` of the panels at `shared`.
+__device__ inline uint64_t panel_operand(const uint8_t* shared, int s) {
+  constexpr uint64_t kEightRows = 8 * kPanelRowBytes;
+  constexpr uint64_t kSwizzled = uint64_t(1) << 62;
+  constexpr int kSteps = kPanelChunks / kBitMmaChunks;
+  const uint8_t* from = shared + s / kSteps * (kBitMmaRows * kPanelRowBytes) + s % kSteps * (kBitMmaChunks * 16);
+  return operand_at(from) | uint64_t(1) << 16 | kEightRows >> 4 << 32 | kSwizzled;
 }
 
 // A lane has rows g and g + 8 of its warp's 16, g = lane / 4, and of every eight columns 2t and 2t + 1, t = lane % 4:

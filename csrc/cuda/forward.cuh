@@ -1,7 +1,7 @@
 // y = epilogue(prepared x times packed weights): which kernel does it.
 #pragma once
 
-#include "fused.cuh"
+#include "fused_launch.cuh"
 #include "skinny.cuh"
 #include "tiled.cuh"
 

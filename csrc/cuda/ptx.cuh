@@ -35,7 +35,7 @@ __device__ inline void copy_async(void* shared, const void* global) {
 }
 
 // 4 bytes, for rows that are no whole vectors.
-__device__ inline void copy_word_async(void* shared, const uint32_t* global) {
+__device__ inline void copy_word_async(void* shared, const void* global) {
   const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(address), "l"(global) : "memory");
 }
