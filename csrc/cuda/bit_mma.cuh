@@ -69,9 +69,6 @@ __device__ inline void begin_bit_mma() { asm volatile("wgmma.fence.sync.aligned;
 __device__ inline void end_bit_mma() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 __device__ inline void wait_for_bit_mma() { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
 
-// What this thread wrote to shared memory becomes visible to the tensor cores, once a barrier has passed.
-__device__ inline void show_to_tensor_cores() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-
 #endif
 
 }  // namespace bitkernels::cuda

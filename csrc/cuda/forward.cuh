@@ -4,6 +4,7 @@
 #include "fused_launch.cuh"
 #include "skinny.cuh"
 #include "tiled.cuh"
+#include "warpgroup_forward.cuh"
 
 namespace bitkernels::cuda {
 
@@ -39,7 +40,8 @@ Choice choose(const Prepared& x, int64_t N) {
 
 // Enough for any kernel: which one runs also depends on where the tensors lie.
 template <typename F>
-int64_t forward_workspace(int64_t M, int64_t N, int64_t K, DType dtype) {
+int64_t forward_workspace(const void* activations, int64_t M, int64_t N, int64_t K, DType dtype, bool by_column) {
+  if (warpgroup_applies(dtype, K, by_column)) return warpgroup_workspace<F>(activations, M, K);
   const Prepared x = prepared<F>(M, K, dtype, nullptr);
   const Choice choice = choose<F>(x, N);
   const int64_t partial = choice.parts > 1 ? choice.parts * x.rows * N * sizeof(float) : 0;
@@ -54,6 +56,7 @@ void run_forward(const TokenSource& source, const uint32_t* w_packed, const Epil
   const int64_t N = e.columns;
   const Weights w = weights(w_packed, N, ceil_div(source.K, F::kPerWord));
   if (fused_applies<F>(source, w)) return run_fused<F>(source, w, e, stream);
+  if (warpgroup_applies(source.dtype, source.K, source.scale)) return run_warpgroup_forward<F>(source, w, e, workspace, stream);
   const Prepared x = prepared<F>(source.M, source.K, source.dtype, workspace);
   prepare_tokens<F>(source, x, stream);
   const Choice choice = choose<F>(x, N);

@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_kernel(const __grid_co
   const int lane = threadIdx.x % 32;
   const int warp = uniform(threadIdx.x / 32);
   const int group = warp / 4;
-  const int rank = uniform(rank_in_cluster());
+  const int rank = uniform(cluster_rank());
   const int cluster = uniform(cluster_index());
   const int parts_log2 = args.parts_log2;
   const int parts = 1 << parts_log2;
@@ -131,7 +131,9 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_kernel(const __grid_co
   if (task < measured && prepares) load(task, measured_from, measured_end);
   if (threadIdx.x == 0) {
     const int values = owned * kBitMmaRows * kTokens + (args.has_plain ? tokens : 0);
-    expect_bytes(&arrived, values * parts * static_cast<int>(sizeof(float)));
+    barrier_init(shared_address(&arrived), 1);
+    barrier_init_fence();
+    barrier_arrive_expecting(shared_address(&arrived), values * parts * static_cast<int>(sizeof(float)));
   }
   __syncwarp();
   if (parts > 1) arrive_at_cluster();
@@ -152,7 +154,7 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_kernel(const __grid_co
   if (static_cast<int>(threadIdx.x) < outputs && row_of(threadIdx.x) < args.e.columns) {
     column = column_of(args.e, row_of(threadIdx.x));
   }
-  if (parts > 1) wait_for_cluster();
+  if (parts > 1) wait_for_arrivals();
   if (threadIdx.x < kTokens) most_of_token[threadIdx.x] = 0;
   if (threadIdx.x < kTokens * kLimbs) sum_of_token[threadIdx.x] = 0;
   __syncthreads();
@@ -238,7 +240,7 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_kernel(const __grid_co
       }
     }
   }
-  show_to_tensor_cores();
+  copy_engine_fence();
   __syncthreads();
 
   // The last warps, which are the first to run out of tiles, tell every block of the cluster.
@@ -307,7 +309,7 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_kernel(const __grid_co
   if (parts == 1) {
     __syncthreads();
   } else {
-    wait_for_bytes(&arrived);
+    barrier_wait(shared_address(&arrived), 0);
   }
 
 #pragma unroll 1

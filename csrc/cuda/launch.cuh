@@ -16,7 +16,8 @@ struct Grid {
   // The kernel may start while the one before it still runs: it reads nothing that one writes until
   // it has called wait_for_previous_kernel(). Takes effect from compute capability 9.0 on.
   bool overlaps_previous = false;
-  int cluster = 1;  // blocks that share their shared memory, compute capability 9.0 on
+  // Blocks that share a cluster.
+  int cluster = 1;
 };
 
 // Thrown here, because the CUDA runtime inside this library keeps errors that torch's runtime never sees.
@@ -47,14 +48,14 @@ void launch(void (*kernel)(Params...), const Grid& grid, cudaStream_t stream, co
   cudaLaunchAttribute attributes[2] = {};
   config.attrs = attributes;
   if (grid.overlaps_previous && device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9) {
-    cudaLaunchAttribute& a = attributes[config.numAttrs++];
-    a.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    a.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchAttribute& overlap = attributes[config.numAttrs++];
+    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    overlap.val.programmaticStreamSerializationAllowed = 1;
   }
   if (grid.cluster > 1) {
-    cudaLaunchAttribute& a = attributes[config.numAttrs++];
-    a.id = cudaLaunchAttributeClusterDimension;
-    a.val.clusterDim = {static_cast<unsigned>(grid.cluster), 1, 1};
+    cudaLaunchAttribute& cluster = attributes[config.numAttrs++];
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim = {static_cast<unsigned>(grid.cluster), 1, 1};
   }
   check(cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...));
 }

@@ -2,7 +2,9 @@
 
 namespace bitkernels::cuda {
 
-int64_t packed_linear_workspace(const PackedLinear& p) { return forward_workspace<SignF16>(p.M, p.N, p.K, p.dtype); }
+int64_t packed_linear_workspace(const PackedLinear& p) {
+  return forward_workspace<SignF16>(p.x, p.M, p.N, p.K, p.dtype, p.axis == ScaleAxis::kColumn);
+}
 
 // Column scales belong to the activations; row and single scales to the output.
 void packed_linear(const PackedLinear& p, Executor stream) {

@@ -3,8 +3,8 @@
 namespace bitkernels::cuda {
 
 int64_t ternary_linear_workspace(const TernaryLinear& p) {
-  return p.int8_activations ? forward_workspace<TernaryI8>(p.M, p.N, p.K, p.dtype)
-                            : forward_workspace<TernaryF16>(p.M, p.N, p.K, p.dtype);
+  return p.int8_activations ? forward_workspace<TernaryI8>(p.x, p.M, p.N, p.K, p.dtype, false)
+                            : forward_workspace<TernaryF16>(p.x, p.M, p.N, p.K, p.dtype, false);
 }
 
 void ternary_linear(const TernaryLinear& p, Executor stream) {

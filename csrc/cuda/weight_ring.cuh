@@ -3,6 +3,7 @@
 
 #include "bit_mma.cuh"
 #include "epilogue.cuh"
+#include "hopper.cuh"
 #include "ptx.cuh"
 
 namespace bitkernels::cuda {
@@ -90,7 +91,7 @@ class WeightRing {
           const int left = chunk < count ? args_.words - word : 0;
 #pragma unroll
           for (int j = 0; j < kChunkWords; ++j) {
-            if (j < left) copy_word_async(chunk_to + 4 * j, from + 4 * j);
+            if (j < left) copy_or_zero<4>(shared_address(chunk_to + 4 * j), from + 4 * j, true);
           }
         }
         row += row_step;
@@ -115,7 +116,7 @@ class WeightRing {
   // The oldest stage, for the tensor cores.
   __device__ const uint8_t* wait() const {
     wait_for_copies<kFusedStages - 1>();
-    show_to_tensor_cores();
+    copy_engine_fence();
     barrier();
     return ring_ + stage_ * kStageBytes;
   }

@@ -1,0 +1,141 @@
+// How packed weights become the register operand of wgmma: 64 rows times the weights of one step of K.
+//
+// A step is 64 bytes of activations a token: 32 elements of 16 bits or 64 of 8, two products. A lane of a quad
+// wants neighbouring columns of a row, so the four lanes read the same words and each turns its own bits to
+// where PRMT finds them.
+#pragma once
+
+#include <type_traits>
+
+#include "int8.cuh"
+#include "types.cuh"
+
+namespace bitkernels::cuda {
+
+__device__ inline uint32_t pack_pair(bf16, float low, float high) {
+  uint32_t pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+__device__ inline uint32_t pack_pair(fp16, float low, float high) {
+  uint32_t pair;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+
+__device__ inline uint32_t rotate_left(uint32_t v, int bits) { return __funnelshift_l(v, v, bits); }
+
+// Both values of a weight, for two neighbouring columns: chosen = low ^ (mask & difference).
+struct Values {
+  uint32_t low, difference;
+};
+
+template <typename T>
+__device__ Values values_of(float alpha0, float beta0, float alpha1, float beta1) {
+  const uint32_t low = pack_pair(T(), beta0 - alpha0, beta1 - alpha1);
+  return {low, low ^ pack_pair(T(), beta0 + alpha0, beta1 + alpha1)};
+}
+
+__device__ inline uint32_t choose(const Values& c, uint32_t mask) { return c.low ^ (mask & c.difference); }
+
+// The sign bit of byte i of two registers, as masks for the two halves of a register. (__byte_perm would drop the
+// bit of the selector that asks for signs.)
+__device__ inline uint32_t sign_masks(uint32_t first, uint32_t second, int i) {
+  uint32_t masks;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(masks) : "r"(first), "r"(second), "r"(0xcc88 + 0x1111 * i));
+  return masks;
+}
+
+// W~ = alpha * S + beta rounded to T, as the dense layer would hold it.
+template <typename T_>
+struct SignOperand {
+  using T = T_;
+  using Accumulator = float;
+  static constexpr int kPerWord = 32;
+  static constexpr int kWords = 1;  // of a row in a step
+
+  int first_bit;
+  __device__ explicit SignOperand(int t) : first_bit(7 - 2 * t) {}
+
+  // Values of columns 2t, 2t + 1 and 2t + 8, 2t + 9 of both products; `lower` where the rows differ.
+  __device__ void decode(const uint32_t (&upper)[1], const uint32_t (&lower)[1], const Values (&columns)[2][2],
+                         uint32_t (&a)[2][4]) const {
+    const uint32_t u[2] = {rotate_left(upper[0], first_bit), rotate_left(upper[0], first_bit - 1)};
+    const uint32_t v[2] = {rotate_left(lower[0], first_bit), rotate_left(lower[0], first_bit - 1)};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      a[i / 2][i % 2 * 2] = choose(columns[i / 2][i % 2], sign_masks(u[0], u[1], i));
+      a[i / 2][i % 2 * 2 + 1] = choose(columns[i / 2][i % 2], sign_masks(v[0], v[1], i));
+    }
+  }
+  __device__ void decode(const uint32_t (&upper)[1], const uint32_t (&lower)[1], const Values (&rows)[2],
+                         uint32_t (&a)[2][4]) const {
+    const uint32_t u[2] = {rotate_left(upper[0], first_bit), rotate_left(upper[0], first_bit - 1)};
+    const uint32_t v[2] = {rotate_left(lower[0], first_bit), rotate_left(lower[0], first_bit - 1)};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      a[i / 2][i % 2 * 2] = choose(rows[0], sign_masks(u[0], u[1], i));
+      a[i / 2][i % 2 * 2 + 1] = choose(rows[1], sign_masks(v[0], v[1], i));
+    }
+  }
+};
+
+// -1, 0 and 1: 2^m + code, as a code in the low bits of the mantissa makes it, less 2^m + 1.
+template <typename T_>
+struct TernaryOperand {
+  using T = T_;
+  using Accumulator = float;
+  static constexpr int kPerWord = 16;
+  static constexpr int kWords = 2;
+
+  int first_bit;
+  __device__ explicit TernaryOperand(int t) : first_bit(4 * t) {}
+
+  static __device__ uint32_t to_weights(uint32_t codes) {
+    constexpr uint32_t kCodes = 0x00030003;
+    if constexpr (std::is_same_v<T, bf16>) {
+      const uint32_t raised = (codes & kCodes) | 0x43004300;  // 128 + code
+      const __nv_bfloat162 v = __hsub2(*reinterpret_cast<const __nv_bfloat162*>(&raised), __float2bfloat162_rn(129.0f));
+      return *reinterpret_cast<const uint32_t*>(&v);
+    } else {
+      const uint32_t raised = (codes & kCodes) | 0x64006400;  // 1024 + code
+      const __half2 v = __hsub2(*reinterpret_cast<const __half2*>(&raised), __float2half2_rn(1025.0f));
+      return *reinterpret_cast<const uint32_t*>(&v);
+    }
+  }
+  __device__ void decode(const uint32_t (&upper)[2], const uint32_t (&lower)[2], uint32_t (&a)[2][4]) const {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const uint32_t word = h ? lower[i] : upper[i];
+        const uint32_t even = word >> first_bit;
+        const uint32_t odd = word >> (first_bit + 2);
+        a[i][h] = to_weights(__byte_perm(even, odd, 0x5410));
+        a[i][h + 2] = to_weights(__byte_perm(even, odd, 0x7632));
+      }
+    }
+  }
+};
+
+// Codes 0, 1 and 2 as bytes. The activations of each 16 columns lie so that byte b of lane t is column 4 b + t.
+struct TernaryInt8Operand {
+  using T = int8_t;
+  using Accumulator = int;
+  static constexpr int kPerWord = 16;
+  static constexpr int kWords = 4;
+
+  int first_bit;
+  __device__ explicit TernaryInt8Operand(int t) : first_bit(2 * t) {}
+
+  __device__ void decode(const uint32_t (&upper)[4], const uint32_t (&lower)[4], uint32_t (&a)[2][4]) const {
+    constexpr uint32_t kCodes = 0x03030303;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      a[i / 2][i % 2 * 2] = upper[i] >> first_bit & kCodes;
+      a[i / 2][i % 2 * 2 + 1] = lower[i] >> first_bit & kCodes;
+    }
+  }
+};
+
+}  // namespace bitkernels::cuda

@@ -1,0 +1,487 @@
+// More than a few tokens, on Hopper: a block makes 64 or 128 rows of the weights times 16 to 256 tokens.
+//
+// Weights are the register operand of wgmma, decoded on the way; activations are the other operand, untouched:
+// the copy engine brings them from the caller's tensor into swizzled shared memory. So nothing is prepared, and
+// nothing but the output is written. One warpgroup fetches activations and words, the others multiply:
+// they split the rows of the tile, and where there are few tokens also K, and add up in shared memory in a fixed
+// order. Where there are fewer tiles than processors, the blocks of a cluster split K as well.
+//
+// Scales that follow the columns are tabulated once a block as the two values a weight may take, and a bit chooses.
+#pragma once
+
+#include <algorithm>
+#include <type_traits>
+
+#include "epilogue.cuh"
+#include "hopper.cuh"
+#include "operand.cuh"
+#include "weights.cuh"
+#include "wgmma.cuh"
+
+namespace bitkernels::cuda {
+
+constexpr int kWarpgroup = 128;          // threads
+constexpr int kWarpgroupRows = 64;       // of wgmma
+constexpr int kBoxBytes = 128;           // of a row of activations in shared memory: one swizzle
+constexpr int kStepBytes = 64;           // of a row of activations: what one step of the loop consumes
+constexpr int kMostCluster = 4;
+
+enum class ScalesOf { kColumns, kRows, kNothing };
+
+struct WarpgroupProblem {
+  const uint32_t* w;   // [rows, words]
+  const float* alpha;  // of columns or rows, by stride; ternary: [1]
+  const float* beta;
+  const float* bias;    // [rows] or null
+  const Token* tokens;  // int8: scale and sum of each token
+  void* y;              // [M, rows]
+  int64_t rows, words, M, K;
+  int scale_stride;
+  bool aligned_words;   // rows of the weights start on 16-byte boundaries
+  bool boxed_output;    // rows of y start on 16-byte boundaries
+  int row_tiles, tiles;
+};
+
+template <int kTokens_, int kRowGroups_, int kSplit_, int kBoxes_, int kStages_, int kResident_>
+struct WarpgroupTile {
+  static constexpr int kTokens = kTokens_;
+  static constexpr int kRowGroups = kRowGroups_;  // of 64 rows, a warpgroup each
+  static constexpr int kSplit = kSplit_;          // of K, a warpgroup each
+  static constexpr int kBoxes = kBoxes_;          // of 128 bytes of K in a stage
+  static constexpr int kStages = kStages_;
+  static constexpr int kResident = kResident_;    // blocks on a processor
+  static constexpr int kRows = kRowGroups * kWarpgroupRows;
+  static constexpr int kConsumers = kRowGroups * kSplit;
+  static constexpr int kThreads = kWarpgroup * (kConsumers + 1);
+  static constexpr int kBlocksOfEight = kTokens / 8;
+  // Wide tiles need more registers than an equal share.
+  static constexpr bool kUnequalRegisters = kTokens > 128;
+
+  static constexpr int kBoxSize = kTokens * kBoxBytes;
+  static constexpr int kActivationBytes = kBoxes * kBoxSize;
+  static constexpr int kOutBytes = kRowGroups * kBoxSize;
+  // What the parts of a split K send to the part that finishes a block of eight tokens.
+  static constexpr int kFragmentBytes = kWarpgroup * 4 * 4;
+  static constexpr int part_bytes(int parts) {
+    const int owned = (kBlocksOfEight + parts - 1) / parts;
+    return parts > 1 ? kRowGroups * kSplit * owned * (parts - 1) * kFragmentBytes : 0;
+  }
+  static constexpr int kMostParts = kTokens <= 128 ? kSplit * kMostCluster : kSplit;
+  static constexpr int kPartBytes = [] {
+    int most = 0;
+    for (int parts = kSplit; parts <= kMostParts; parts += kSplit) most = std::max(most, part_bytes(parts));
+    return most;
+  }();
+};
+
+template <class F, class Tile>
+struct WarpgroupLayout {
+  using T = typename F::T;
+  static constexpr int kBox = kBoxBytes / sizeof(T);        // elements
+  static constexpr int kDepth = Tile::kBoxes * kBox;        // of K in a stage
+  static constexpr int kWordsOfRow = kDepth / F::kPerWord;  // in a stage
+  static constexpr int kWordBytes = Tile::kRows * kWordsOfRow * 4;
+  static constexpr int kStageBytes = (Tile::kActivationBytes + kWordBytes + 1023) / 1024 * 1024;
+  static constexpr int kSteps = Tile::kBoxes * (kBoxBytes / kStepBytes) / Tile::kSplit;  // of a warpgroup in a stage
+  static_assert(kSteps % 2 == 0 && Tile::kBoxes % Tile::kSplit == 0);
+
+  // Where things lie in shared memory, from its first multiple of 1024.
+  int stages;
+  int64_t scale_bytes;
+  __host__ __device__ int64_t out() const { return int64_t(stages) * kStageBytes; }
+  __host__ __device__ int64_t parts() const { return out() + Tile::kOutBytes; }
+  __host__ __device__ int64_t scales() const { return parts() + Tile::kPartBytes; }
+  __host__ __device__ int64_t barriers() const { return scales() + scale_bytes; }
+  __host__ __device__ int64_t bytes() const { return 1024 + barriers() + 8 * (2 * stages + Tile::kConsumers); }
+};
+
+// As many stages as fit; fewer than kLeastStages: the tile does not.
+constexpr int kLeastStages = 3;
+template <class F, class Tile>
+WarpgroupLayout<F, Tile> warpgroup_layout(ScalesOf scales, int64_t K) {
+  using Layout = WarpgroupLayout<F, Tile>;
+  const int64_t available = device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor) / Tile::kResident - 1024;
+  const int64_t most = std::min<int64_t>(available, device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin));
+  Layout layout{Tile::kStages,
+                scales == ScalesOf::kColumns ? ceil_div(K, Layout::kDepth) * Layout::kDepth / 2 * int64_t(sizeof(Values))
+                                             : 0};
+  while (layout.stages > 0 && layout.bytes() > most) --layout.stages;
+  return layout;
+}
+
+// The part of the stages of K that block `rank` of `blocks` takes.
+__device__ inline int first_stage(int stages, int rank, int blocks) { return stages * rank / blocks; }
+
+// Fetches words of all rows of the tile: each thread kCopy bytes of a row at a time.
+template <int kCopy, class Layout, class Tile>
+__device__ void fetch_words(const WarpgroupProblem& p, int64_t first_row, int64_t first_word, SharedAddress to,
+                            int thread) {
+  constexpr int kPerRow = Layout::kWordsOfRow * 4 / kCopy;
+  constexpr int kCopies = Tile::kRows * kPerRow;
+#pragma unroll
+  for (int i = thread; i < kCopies; i += kWarpgroup) {
+    const int64_t row = first_row + i / kPerRow;
+    const int64_t word = first_word + i % kPerRow * (kCopy / 4);
+    const bool wanted = row < p.rows && word < p.words;
+    copy_or_zero<kCopy>(to + i * kCopy, p.w + (wanted ? row * p.words + word : 0), wanted);
+  }
+}
+
+// Both values of each pair of columns, zero past K: [16 columns][lane of a quad][2t and 2t + 1, 2t + 8 and 2t + 9].
+template <typename T>
+__device__ void tabulate_scales(const WarpgroupProblem& p, int64_t pairs, SharedAddress table, int thread, int threads) {
+  for (int64_t i = thread; i < pairs; i += threads) {
+    float alpha[2], beta[2];
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      const bool inside = 2 * i + e < p.K;
+      alpha[e] = inside ? p.alpha[2 * i + e] : 0.0f;
+      beta[e] = inside ? p.beta[2 * i + e] : 0.0f;
+    }
+    const Values values = values_of<T>(alpha[0], beta[0], alpha[1], beta[1]);
+    const int64_t place = i / 8 * 8 + i % 4 * 2 + i % 8 / 4;
+    store_words(table + static_cast<SharedAddress>(place * sizeof(Values)), values.low, values.difference);
+  }
+}
+
+template <class F, class Tile>
+__device__ void produce(const CUtensorMap& activations, const WarpgroupProblem& p, SharedAddress stages, int slots,
+                        SharedAddress full, SharedAddress empty, int rank, int blocks, int cluster, int clusters) {
+  using Layout = WarpgroupLayout<F, Tile>;
+  const int thread = threadIdx.x % kWarpgroup;
+  const int all_stages = static_cast<int>(ceil_div(p.K, Layout::kDepth));
+  const int begin = first_stage(all_stages, rank, blocks);
+  const int end = first_stage(all_stages, rank + 1, blocks);
+
+  int slot = 0;
+  int parity = 1;
+  SharedAddress stage = stages;
+  for (int tile = cluster; tile < p.tiles; tile += clusters) {
+    const int64_t row = int64_t(tile % p.row_tiles) * Tile::kRows;
+    const int token = tile / p.row_tiles * Tile::kTokens;
+    for (int s = begin; s < end; ++s) {
+      barrier_wait(empty + 8 * slot, parity);
+      if (thread == 0) {
+        barrier_arrive_expecting(full + 8 * slot, Tile::kActivationBytes);
+#pragma unroll
+        for (int box = 0; box < Tile::kBoxes; ++box) {
+          load_box(&activations, stage + box * Tile::kBoxSize, full + 8 * slot, s * Layout::kDepth + box * Layout::kBox,
+                   token);
+        }
+      }
+      const SharedAddress words = stage + Tile::kActivationBytes;
+      constexpr int kCopy = Layout::kWordsOfRow * 4 < 16 ? Layout::kWordsOfRow * 4 : 16;
+      if (p.aligned_words) {
+        fetch_words<kCopy, Layout, Tile>(p, row, int64_t(s) * Layout::kWordsOfRow, words, thread);
+      } else {
+        fetch_words<4, Layout, Tile>(p, row, int64_t(s) * Layout::kWordsOfRow, words, thread);
+      }
+      barrier_arrive_after_copies(full + 8 * slot);
+      stage += Layout::kStageBytes;
+      if (++slot == slots) {
+        slot = 0;
+        parity ^= 1;
+        stage = stages;
+      }
+    }
+  }
+}
+
+// Sums to outputs.
+struct RowScalars {
+  float scale, bias;
+};
+
+__device__ inline float finish_row(const RowScalars& r, float sum) { return fmaf(sum, r.scale, r.bias); }
+
+template <class F, ScalesOf kScales, class Tile, typename Out>
+__device__ void consume(const CUtensorMap& output, const WarpgroupProblem& p, SharedAddress stages, int slots,
+                        SharedAddress out, SharedAddress parts, SharedAddress scales, SharedAddress full,
+                        SharedAddress empty, SharedAddress received, int rank, int blocks, int cluster, int clusters) {
+  using Layout = WarpgroupLayout<F, Tile>;
+  using Accumulator = typename F::Accumulator;
+  constexpr bool kColumnScales = kScales == ScalesOf::kColumns;
+  // The same in all lanes, and known to be.
+  const int group = __shfl_sync(0xffffffff, threadIdx.x / kWarpgroup, 0);
+  const int row_group = Tile::kRowGroups == 1 ? 0 : Tile::kSplit == 1 ? group : group % Tile::kRowGroups;
+  const int split = Tile::kSplit == 1 ? 0 : group / Tile::kRowGroups;
+  const int thread = threadIdx.x % kWarpgroup;
+  const int warp = thread / 32;
+  const int lane = thread % 32;
+  const int g = lane / 4;
+  const int t = lane % 4;
+  const F operand(t);
+  const int all_stages = static_cast<int>(ceil_div(p.K, Layout::kDepth));
+  const int begin = first_stage(all_stages, rank, blocks);
+  const int count = first_stage(all_stages, rank + 1, blocks) - begin;
+  constexpr int kConsumerThreads = kWarpgroup * Tile::kConsumers;
+  if constexpr (kColumnScales) {
+    tabulate_scales<typename F::T>(p, int64_t(all_stages) * (Layout::kDepth / 2), scales, threadIdx.x, kConsumerThreads);
+    named_barrier(1, kConsumerThreads);
+  }
+
+  // What a step consumes besides activations.
+  struct Step {
+    uint32_t upper[F::kWords], lower[F::kWords];
+    uint32_t columns[kColumnScales ? 2 : 1][4];
+  };
+  constexpr int kStepsOfBox = kBoxBytes / kStepBytes;
+  constexpr int kWordsOfBox = F::kWords * kStepsOfBox;
+  const SharedAddress my_words =
+      Tile::kActivationBytes +
+      ((row_group * kWarpgroupRows + warp * 16 + g) * Layout::kWordsOfRow + split * kWordsOfBox) * 4;
+  constexpr int kScaleStep = 128;  // bytes
+  constexpr int kScaleStage = Tile::kBoxes * kStepsOfBox * kScaleStep;
+  const SharedAddress my_scales = scales + begin * kScaleStage + split * kStepsOfBox * kScaleStep + t * 16;
+  const auto fetch = [&](SharedAddress stage, int s, int i, Step& step) {
+    const int at = i / kStepsOfBox * Tile::kSplit * kStepsOfBox + i % kStepsOfBox;
+    const SharedAddress words = my_words + stage + at * F::kWords * 4;
+    load_words(words, step.upper);
+    load_words(words + 8 * Layout::kWordsOfRow * 4, step.lower);
+    if constexpr (kColumnScales) {
+      load_words(my_scales + s * kScaleStage + at * kScaleStep, step.columns[0]);
+      load_words(my_scales + s * kScaleStage + at * kScaleStep + kScaleStep / 2, step.columns[1]);
+    }
+  };
+
+  int slot = 0;
+  int parity = 0;
+  SharedAddress stage = stages;
+  for (int tile = cluster; tile < p.tiles; tile += clusters) {
+    const int64_t first_row = int64_t(tile % p.row_tiles) * Tile::kRows + row_group * kWarpgroupRows;
+    const int token = tile / p.row_tiles * Tile::kTokens;
+    const int64_t row = first_row + warp * 16 + g;
+    Values rows[2] = {};
+    RowScalars scalars[2];
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int64_t n = min(row + 8 * h, p.rows - 1);
+      if constexpr (kScales == ScalesOf::kRows) {
+        const float alpha = p.alpha[n * p.scale_stride];
+        const float beta = p.beta[n * p.scale_stride];
+        rows[h] = values_of<typename F::T>(alpha, beta, alpha, beta);
+      }
+      scalars[h] = {kScales == ScalesOf::kNothing ? *p.alpha : 1.0f, p.bias ? p.bias[n] : 0.0f};
+    }
+
+    Accumulator sums[Tile::kTokens / 2];
+    uint32_t a[2][2][4];
+    Step step;
+    if (count > 0) {
+      barrier_wait(full + 8 * slot, parity);
+      fetch(stage, 0, 0, step);
+    }
+    for (int s = 0; s < count; ++s) {
+      const SharedAddress now = stage;
+      const int last_slot = slot == 0 ? slots - 1 : slot - 1;
+      stage += Layout::kStageBytes;
+      if (++slot == slots) {
+        slot = 0;
+        parity ^= 1;
+        stage = stages;
+      }
+#pragma unroll
+      for (int i = 0; i < Layout::kSteps; ++i) {
+        uint32_t(&operands)[2][4] = a[i % 2];
+        if constexpr (kColumnScales) {
+          const auto& c = step.columns;
+          const Values columns[2][2] = {{{c[0][0], c[0][1]}, {c[0][2], c[0][3]}},
+                                        {{c[1][0], c[1][1]}, {c[1][2], c[1][3]}}};
+          operand.decode(step.upper, step.lower, columns, operands);
+        } else if constexpr (kScales == ScalesOf::kRows) {
+          operand.decode(step.upper, step.lower, rows, operands);
+        } else {
+          operand.decode(step.upper, step.lower, operands);
+        }
+        const SharedAddress box = now + (i / kStepsOfBox * Tile::kSplit + split) * Tile::kBoxSize;
+        const uint64_t b = wgmma_descriptor(box + i % kStepsOfBox * kStepBytes);
+        wgmma_fence();
+        wgmma(typename F::T(), sums, operands[0], b, s > 0 || i > 0);
+        wgmma(typename F::T(), sums, operands[1], b + kStepBytes / 2 / 16, 1);
+        wgmma_commit();
+        // While these run, the next step's words.
+        if (i + 1 < Layout::kSteps) {
+          fetch(now, s, i + 1, step);
+        } else if (s + 1 < count) {
+          barrier_wait(full + 8 * slot, parity);
+          fetch(stage, s + 1, 0, step);
+        }
+        // The step before has ended: its registers may be written, and its stage, if it was another, is free.
+        wgmma_wait<1>();
+        if (i == 0 && s > 0 && thread == 0) barrier_arrive(empty + 8 * last_slot);
+      }
+    }
+    wgmma_wait<0>();
+    pin(sums);
+    if (count > 0 && thread == 0) barrier_arrive(empty + 8 * (slot == 0 ? slots - 1 : slot - 1));
+    if (count == 0) {
+#pragma unroll
+      for (int i = 0; i < Tile::kTokens / 2; ++i) sums[i] = 0;
+    }
+
+    // Part q of all finishes blocks q, q + all, ... of eight tokens, and adds the others' sums in their order.
+    const int all = blocks * Tile::kSplit;
+    const int part = rank * Tile::kSplit + split;
+    if (Tile::kMostParts > 1 && all > 1) {
+      // [row group][split][block of the owner][part, less the owner][thread]
+      const int owned = (Tile::kBlocksOfEight + all - 1) / all;
+      const auto place = [&](int owner_split, int i, int from, int owner) {
+        const int sender = from - (from > owner);
+        return parts + (((row_group * Tile::kSplit + owner_split) * owned + i / all) * (all - 1) + sender) *
+                           Tile::kFragmentBytes +
+               thread * 16;
+      };
+      // In a cluster each warpgroup has a barrier that counts what it is sent. Alone, the warpgroups wait for each
+      // other: for the readers of the tile before, and for the senders.
+      const SharedAddress mine = received + 8 * group;
+      if (blocks == 1) {
+        named_barrier(1, kConsumerThreads);
+      } else if (thread == 0) {
+        const int blocks_of_mine = (Tile::kBlocksOfEight - part + all - 1) / all;
+        barrier_arrive_expecting(mine, blocks_of_mine * (all - 1) * Tile::kFragmentBytes);
+      }
+#pragma unroll
+      for (int i = 0; i < Tile::kBlocksOfEight; ++i) {
+        const int owner = i % all;
+        if (owner == part) continue;
+        const int owner_rank = owner / Tile::kSplit;
+        const int owner_split = owner % Tile::kSplit;
+        const SharedAddress to = place(owner_split, i, part, owner);
+        if (blocks == 1) {
+          store_sums(to, sums[4 * i], sums[4 * i + 1], sums[4 * i + 2], sums[4 * i + 3]);
+        } else {
+          send(in_block(to, owner_rank), sums[4 * i], sums[4 * i + 1], sums[4 * i + 2], sums[4 * i + 3],
+               in_block(received + 8 * (owner_split * Tile::kRowGroups + row_group), owner_rank));
+        }
+      }
+      if (blocks == 1) {
+        named_barrier(1, kConsumerThreads);
+      } else {
+        barrier_wait(mine, 0);
+      }
+#pragma unroll
+      for (int i = 0; i < Tile::kBlocksOfEight; ++i) {
+        if (i % all != part) continue;
+        for (int from = 0; from < all; ++from) {
+          if (from == part) continue;
+          Accumulator v[4];
+          load_sums(place(split, i, from, part), v);
+#pragma unroll
+          for (int c = 0; c < 4; ++c) sums[4 * i + c] += v[c];
+        }
+      }
+    }
+
+    // Through shared memory to rows of y. Threads that share a box wait for each other.
+    const bool whole = all == 1;
+    const auto finish = [&](int i, int c) {
+      const int64_t m = token + 8 * i + 2 * t + c % 2;
+      if constexpr (std::is_same_v<Accumulator, int>) {
+        const Token of_token = p.tokens[min(m, p.M - 1)];
+        const float y = __fmul_rn(__int2float_rn(sums[4 * i + c] - __float_as_int(of_token.sum)),
+                                  __fdiv_rn(scalars[c / 2].scale, of_token.scale));
+        return p.bias ? __fadd_rn(y, scalars[c / 2].bias) : y;
+      } else {
+        return finish_row(scalars[c / 2], sums[4 * i + c]);
+      }
+    };
+    const int barrier = 1 + row_group + split * Tile::kRowGroups + 1;
+    const SharedAddress box = out + row_group * Tile::kBoxSize;
+    if (thread == 0) wait_for_stores_to_read();
+    named_barrier(barrier, kWarpgroup);
+    const SharedAddress to = box + lane % 8 * kBoxBytes + ((2 * warp + lane / 8 % 2) ^ (lane % 8)) * 16;
+#pragma unroll
+    for (int i = 0; i < Tile::kBlocksOfEight; ++i) {
+      if (i % all != part) continue;
+      store_transposed(to + i * 8 * kBoxBytes, pack_pair(Out(), finish(i, 0), finish(i, 1)),
+                       pack_pair(Out(), finish(i, 2), finish(i, 3)));
+    }
+    copy_engine_fence();
+    named_barrier(barrier, kWarpgroup);
+    if (p.boxed_output) {
+      if (thread == 0) {
+        if (whole) {
+          store_box(&output, box, static_cast<int>(first_row), token);
+        } else {
+          for (int i = part; i < Tile::kBlocksOfEight; i += all) {
+            store_box(&output, box + i * 8 * kBoxBytes, static_cast<int>(first_row), token + 8 * i);
+          }
+        }
+        commit_stores();
+      }
+    } else {
+      for (int j = warp; j < Tile::kTokens; j += 4) {
+        const int64_t m = token + j;
+        if (j / 8 % all != part || m >= p.M) continue;
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const int column = 32 * h + lane;
+          if (first_row + column >= p.rows) continue;
+          uint16_t v;
+          const SharedAddress from = box + j * kBoxBytes + (column / 8 ^ j % 8) * 16 + column % 8 * 2;
+          asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(from) : "memory");
+          static_cast<uint16_t*>(p.y)[m * p.rows + first_row + column] = v;
+        }
+      }
+    }
+  }
+  if (thread == 0) wait_for_stores();
+}
+
+template <class F, ScalesOf kScales, class Tile, typename Out>
+__global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
+    warpgroup_kernel(const __grid_constant__ CUtensorMap activations, const __grid_constant__ CUtensorMap output,
+                     WarpgroupProblem p, WarpgroupLayout<F, Tile> layout, int blocks) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  extern __shared__ uint4 shared[];
+  const SharedAddress stages = (shared_address(shared) + 1023) & ~1023u;
+  const SharedAddress full = stages + layout.barriers();
+  const SharedAddress empty = full + 8 * layout.stages;
+  const SharedAddress received = empty + 8 * layout.stages;
+  const int rank = blocks > 1 ? cluster_rank() : 0;
+  const int cluster = static_cast<int>(blockIdx.x) / blocks;
+  const int clusters = static_cast<int>(gridDim.x) / blocks;
+
+  if (threadIdx.x == kWarpgroup * Tile::kConsumers) {
+    prefetch_map(&activations);
+    for (int i = 0; i < layout.stages; ++i) {
+      barrier_init(full + 8 * i, 1 + kWarpgroup);
+      barrier_init(empty + 8 * i, Tile::kConsumers);
+    }
+    for (int i = 0; i < Tile::kConsumers; ++i) barrier_init(received + 8 * i, 1);
+    barrier_init_fence();
+  }
+  // Whoever sends to another block knows that it has started.
+  if (blocks > 1) wait_for_cluster();
+  __syncthreads();
+  wait_for_previous_kernel();
+  if (threadIdx.x / kWarpgroup == Tile::kConsumers) {
+    if constexpr (Tile::kUnequalRegisters) asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
+    produce<F, Tile>(activations, p, stages, layout.stages, full, empty, rank, blocks, cluster, clusters);
+  } else {
+    if constexpr (Tile::kUnequalRegisters) asm volatile("setmaxnreg.inc.sync.aligned.u32 224;");
+    consume<F, kScales, Tile, Out>(output, p, stages, layout.stages, stages + layout.out(), stages + layout.parts(),
+                                   stages + layout.scales(), full, empty, received, rank, blocks, cluster, clusters);
+  }
+#endif
+}
+
+template <class F, ScalesOf kScales, class Tile, typename Out>
+void run_warpgroup(const void* x, int64_t pitch, WarpgroupProblem p, int blocks, bool overlaps_previous,
+                   cudaStream_t stream) {
+  const auto layout = warpgroup_layout<F, Tile>(kScales, p.K);
+  p.row_tiles = static_cast<int>(ceil_div(p.rows, Tile::kRows));
+  p.tiles = static_cast<int>(p.row_tiles * ceil_div(p.M, Tile::kTokens));
+  p.boxed_output = p.rows % 8 == 0 && aligned(p.y, 16);
+  const CUtensorMap activations = matrix_map<typename F::T>(x, p.M, pitch, Tile::kTokens);
+  const CUtensorMap output =
+      p.boxed_output ? matrix_map<Out>(p.y, p.M, p.rows, blocks * Tile::kSplit == 1 ? Tile::kTokens : 8) : activations;
+  // A cluster makes one tile, a block alone as many as it takes.
+  const int at_once = device_attribute(cudaDevAttrMultiProcessorCount) * Tile::kResident;
+  const int wanted = blocks > 1 ? p.tiles * blocks : std::min(p.tiles, at_once);
+  const Grid grid{dim3(static_cast<unsigned>(wanted)), Tile::kThreads, static_cast<size_t>(layout.bytes()),
+                  overlaps_previous, blocks};
+  launch(warpgroup_kernel<F, kScales, Tile, Out>, grid, stream, activations, output, p, layout, blocks);
+}
+
+}  // namespace bitkernels::cuda
