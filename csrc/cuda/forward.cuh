@@ -1,7 +1,7 @@
 // y = epilogue(prepared x times packed weights): which kernel does it.
 #pragma once
 
-#include "fused.cuh"
+#include "fused_launch.cuh"
 #include "skinny.cuh"
 #include "tiled.cuh"
 #include "warpgroup_forward.cuh"
@@ -48,8 +48,8 @@ int64_t forward_workspace(const void* activations, int64_t M, int64_t N, int64_t
   return prepared_bytes<F>(M, K, dtype) + partial;
 }
 
-// Before the table: tokens that fit the columns of one mma, limb by limb (4 of bf16 or int8, 2 of fp16 or
-// fp32), take one fused kernel where rows are aligned and their activations fit in shared memory.
+// Before the table: up to 8 tokens take one fused kernel where the card has its instructions and where their
+// activations fit in shared memory.
 template <typename F>
 void run_forward(const TokenSource& source, const uint32_t* w_packed, const Epilogue& e, void* workspace,
                  cudaStream_t stream) {

@@ -78,7 +78,7 @@ __device__ inline void commit_stores() { asm volatile("cp.async.bulk.commit_grou
 __device__ inline void wait_for_stores_to_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
 __device__ inline void wait_for_stores() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 
-// Ordinary writes to shared memory become visible to the copy engine.
+// Ordinary writes to shared memory become visible to the copy engine and to wgmma.
 __device__ inline void copy_engine_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // Two 8 x 8 tiles of 16-bit fragments, transposed: lanes 0..7 (8..15) say where the columns of the first

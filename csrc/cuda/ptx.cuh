@@ -51,6 +51,8 @@ __device__ inline uint4 load_streaming(const uint4* p) {
   return v;
 }
 
+__device__ inline void prefetch_to_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+
 // Lets a kernel launched with Grid::overlaps_previous start, once every block has called this.
 __device__ inline void let_next_kernel_start() {
 #if __CUDA_ARCH__ >= 900
