@@ -6,6 +6,8 @@ from torch import Tensor
 from bitkernels._ops import needed_grads
 from bitkernels.packed_linear import is_column_scale, row_scale_grads
 
+ROWS_AT_ONCE = 2048  # whose signs are held dense in the backward
+
 
 def sign_linear(x: Tensor, weight: Tensor, alpha: Tensor, beta: Tensor, bias: Tensor | None = None) -> Tensor:
     """``y = x @ (alpha * sign(weight) + beta)^T + bias`` with the identity as the sign's gradient.
@@ -68,6 +70,19 @@ def weight_product(grad: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     return (grad.t() @ x).to(dtype)
 
 
+def signed_sums(product: Tensor, w_packed: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Sums of ``S * G`` and of ``G`` [N, K] over dim, in float32 or wider; signs are dense for some rows at a time."""
+    wide = torch.promote_types(product.dtype, torch.float32)
+    signed, total = [], []
+    for rows, packed in zip(product.split(ROWS_AT_ONCE), w_packed.split(ROWS_AT_ONCE), strict=True):
+        signs = torch.ops.bitkernels.unpack_sign(packed, product.shape[1], dtype=product.dtype)
+        signed.append(signs.mul_(rows).sum(dim, dtype=wide))
+        total.append(rows.sum(dim, dtype=wide))
+    if dim == 1:
+        return torch.cat(signed), torch.cat(total)
+    return torch.stack(signed).sum(0), torch.stack(total).sum(0)
+
+
 def _backward(ctx, grad, _):
     x, w_packed, alpha, beta = ctx.saved_tensors
     need_x, need_weight, need_alpha, need_beta, need_bias = needed_grads(ctx, 5)
@@ -83,14 +98,12 @@ def _backward(ctx, grad, _):
         )
     if product_needed:
         product = weight_product(grad, x, ctx.weight_dtype)
-        if need_weight:
-            dweight = product * alpha.to(ctx.weight_dtype)
         if scales_of_product:
-            signs = torch.ops.bitkernels.unpack_sign(w_packed, K, dtype=product.dtype)
-            rows = 0 if column else 1
-            signed, total = (signs * product).sum(rows), product.sum(rows)
+            signed, total = signed_sums(product, w_packed, 0 if column else 1)
             dalpha = signed.reshape(alpha.shape).to(alpha.dtype) if column else row_scale_grads(signed, alpha)
             dbeta = total.reshape(beta.shape).to(beta.dtype) if column else row_scale_grads(total, beta)
+        if need_weight:
+            dweight = product * alpha.to(ctx.weight_dtype)
     if need_bias:
         dbias = grad.sum(tuple(range(grad.dim() - 1))).to(ctx.bias_dtype)
     return dx if need_x else None, dweight, dalpha if need_alpha else None, dbeta if need_beta else None, dbias

@@ -99,13 +99,17 @@ auto with_fused_columns(int64_t tokens, Function&& f) {
   return tokens * kPlanes <= 64 ? f(std::integral_constant<int, 64>()) : f(std::integral_constant<int, 128>());
 }
 
-// Blocks of a cluster. More of them have less of the activations to prepare, and more to add up; few rows of weights
-// leave processors idle otherwise. Then as many as it takes for the activations to fit in shared memory.
+// Blocks of a cluster, as measured on an H200. More of them have less of the activations to prepare, and more to add
+// up: two, but four or eight where rows are few and processors would idle, and four where rows are many and more than
+// one token is to be prepared. Then as many as it takes for the activations to fit in shared memory.
 template <typename F, typename T, int kColumns>
 FusedPlan choose_fused(int64_t tokens, int64_t N, int64_t chunks) {
   constexpr int64_t kFewTiles = 64;
+  constexpr int64_t kManyTiles = 256;
   const int64_t tiles = ceil_div(N, kBitMmaRows);
-  int parts_log2 = tiles <= kFewTiles ? 3 : tokens == 1 ? 1 : 2;
+  int parts_log2 = 1;
+  if (tiles <= kFewTiles) parts_log2 = tokens == 1 ? 2 : 3;
+  if (tiles > kManyTiles && tokens > 1) parts_log2 = 2;
   FusedPlan p = fused_plan<F, T, kColumns>(N, chunks, parts_log2);
   while (!p.fits && ++parts_log2 <= kMostFusedPartsLog2) p = fused_plan<F, T, kColumns>(N, chunks, parts_log2);
   return p;

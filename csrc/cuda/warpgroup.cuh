@@ -62,16 +62,12 @@ struct WarpgroupTile {
   static constexpr int kOutBytes = kRowGroups * kBoxSize;
   // What the parts of a split K send to the part that finishes a block of eight tokens.
   static constexpr int kFragmentBytes = kWarpgroup * 4 * 4;
-  static constexpr int part_bytes(int parts) {
+  static __host__ __device__ constexpr int part_bytes(int parts) {
     const int owned = (kBlocksOfEight + parts - 1) / parts;
     return parts > 1 ? kRowGroups * kSplit * owned * (parts - 1) * kFragmentBytes : 0;
   }
-  static constexpr int kMostParts = kTokens <= 128 ? kSplit * kMostCluster : kSplit;
-  static constexpr int kPartBytes = [] {
-    int most = 0;
-    for (int parts = kSplit; parts <= kMostParts; parts += kSplit) most = std::max(most, part_bytes(parts));
-    return most;
-  }();
+  // Wide tiles leave nothing to split, and their sums no room to be sent.
+  static constexpr bool kSplits = kTokens <= 128;
 };
 
 template <class F, class Tile>
@@ -87,25 +83,30 @@ struct WarpgroupLayout {
 
   // Where things lie in shared memory, from its first multiple of 1024.
   int stages;
+  int part_bytes;
   int64_t scale_bytes;
   __host__ __device__ int64_t out() const { return int64_t(stages) * kStageBytes; }
   __host__ __device__ int64_t parts() const { return out() + Tile::kOutBytes; }
-  __host__ __device__ int64_t scales() const { return parts() + Tile::kPartBytes; }
+  __host__ __device__ int64_t scales() const { return parts() + part_bytes; }
   __host__ __device__ int64_t barriers() const { return scales() + scale_bytes; }
   __host__ __device__ int64_t bytes() const { return 1024 + barriers() + 8 * (2 * stages + Tile::kConsumers); }
 };
 
-// As many stages as fit; fewer than kLeastStages: the tile does not.
+// As many stages as fit beside the other blocks of a processor, or, where those would be fewer than kLeastStages, in a
+// block that has it alone. Fewer than kLeastStages even so: the tile does not fit.
 constexpr int kLeastStages = 3;
 template <class F, class Tile>
-WarpgroupLayout<F, Tile> warpgroup_layout(ScalesOf scales, int64_t K) {
+WarpgroupLayout<F, Tile> warpgroup_layout(ScalesOf scales, int64_t K, int blocks) {
   using Layout = WarpgroupLayout<F, Tile>;
-  const int64_t available = device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor) / Tile::kResident - 1024;
-  const int64_t most = std::min<int64_t>(available, device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin));
-  Layout layout{Tile::kStages, scales == ScalesOf::kColumns
-                                   ? ceil_div(K, Layout::kDepth) * Layout::kDepth / 2 * int64_t(sizeof(Values))
-                                   : 0};
-  while (layout.stages > 0 && layout.bytes() > most) --layout.stages;
+  const int64_t alone = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  const int64_t shared = device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor) / Tile::kResident - 1024;
+  const int64_t columns = scales == ScalesOf::kColumns ? ceil_div(K, Layout::kDepth) * Layout::kDepth : 0;
+  Layout layout{Tile::kStages, Tile::part_bytes(blocks * Tile::kSplit), columns / 2 * int64_t(sizeof(Values))};
+  for (const int64_t most : {std::min(shared, alone), alone}) {
+    layout.stages = Tile::kStages;
+    while (layout.stages > 0 && layout.bytes() > most) --layout.stages;
+    if (layout.stages >= kLeastStages) break;
+  }
   return layout;
 }
 
@@ -337,7 +338,7 @@ __device__ void consume(const CUtensorMap& output, const WarpgroupProblem& p, Sh
     // Part q of all finishes blocks q, q + all, ... of eight tokens, and adds the others' sums in their order.
     const int all = blocks * Tile::kSplit;
     const int part = rank * Tile::kSplit + split;
-    if (Tile::kMostParts > 1 && all > 1) {
+    if (Tile::kSplits && all > 1) {
       // [row group][split][block of the owner][part, less the owner][thread]
       const int owned = (Tile::kBlocksOfEight + all - 1) / all;
       const auto place = [&](int owner_split, int i, int from, int owner) {
@@ -488,7 +489,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
 template <class F, ScalesOf kScales, class Tile, typename Out>
 void run_warpgroup(const void* x, int64_t pitch, WarpgroupProblem p, int blocks, bool overlaps_previous,
                    cudaStream_t stream) {
-  const auto layout = warpgroup_layout<F, Tile>(kScales, p.K);
+  const auto layout = warpgroup_layout<F, Tile>(kScales, p.K, blocks);
   p.row_tiles = static_cast<int>(ceil_div(p.rows, Tile::kRows));
   p.tiles = static_cast<int>(p.row_tiles * ceil_div(p.M, Tile::kTokens));
   p.boxed_output = p.rows % 8 == 0 && aligned(p.y, 16);

@@ -37,10 +37,10 @@ constexpr int kStartCost = 3500;    // of a block, until its first products
 constexpr int kClusterCost = 1500;  // of starting together and adding up
 
 template <class F, int tile = 0>
-bool tile_fits(int wanted, ScalesOf scales, int64_t K) {
+bool tile_fits(int wanted, ScalesOf scales, int64_t K, int blocks) {
   if constexpr (tile < kTiles) {
-    if (wanted != tile) return tile_fits<F, tile + 1>(wanted, scales, K);
-    return warpgroup_layout<F, TileOf<typename F::T, tile>>(scales, K).stages >= kLeastStages;
+    if (wanted != tile) return tile_fits<F, tile + 1>(wanted, scales, K, blocks);
+    return warpgroup_layout<F, TileOf<typename F::T, tile>>(scales, K, blocks).stages >= kLeastStages;
   }
   return false;
 }
@@ -53,13 +53,13 @@ Plan plan_tiles(ScalesOf scales, int64_t M, int64_t N, int64_t K, int processors
   Plan best{};
   int64_t least = INT64_MAX;
   for (int tile = 0; tile < kTiles; ++tile) {
-    if (!tile_fits<F>(tile, scales, K)) continue;
     const TileCost& cost = kTileCosts[tile];
     const int tokens = kTokensOfTile<T>[tile];
     const int64_t tiles = ceil_div(N, cost.rows) * ceil_div(M, tokens);
     for (int blocks = 1; blocks <= (tokens <= 128 ? kMostCluster : 1); blocks *= 2) {
       // Clusters pay where processors would idle; a second round of them costs a second start.
       if (blocks > 1 && tiles * blocks > processors) break;
+      if (!tile_fits<F>(tile, scales, K, blocks)) continue;
       const int64_t rounds = ceil_div(tiles * blocks, processors);
       const int64_t cycles =
           kStartCost + rounds * (ceil_div(steps, blocks) * cost.step + cost.rest) + (blocks > 1 ? kClusterCost : 0);
