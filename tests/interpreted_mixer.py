@@ -153,6 +153,27 @@ def test_step(given, state_dtype):
     assert_close("state", state, state_ref)
 
 
+@pytest.mark.parametrize("state_dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("N", [3, 20])
+@pytest.mark.parametrize("scale", [1.0, 2.0**-17, 4e4])
+def test_step_rounds_stochastically(state_dtype, N, scale):
+    """The float32 arithmetic is one exact sum, so that the reference rounds the same numbers."""
+    pool, B = scale * torch.randn(4, 2, 9, N), scale * torch.randn(3, 1, N)
+    pool = pool.to(state_dtype)
+    slots, held = torch.tensor([2, -1, 0]), [0, 2]
+    seed, position = torch.tensor([-5, 1, 2**40 + 7]), torch.tensor([0, 1, 2**33 + 1])
+    bits = reference.state_random_bits(seed, position, 2, 9, N)[held]
+    expected = pool.clone()
+    added = pool[slots[held]].float() + B[held, :, None]
+    expected[slots[held]] = reference.round_stochastically(added, bits, state_dtype)
+    ones = torch.ones(3, 2, 9)
+    y = ssd_step(
+        pool, ones, ones[..., 0], torch.zeros(2), B, B, state_indices=slots, seed=seed, position=position
+    )  # fmt: skip
+    assert torch.equal(pool, expected)
+    assert not y[1].any()
+
+
 CONV_CASES = {
     "plain": {},
     "all": {"given": {"bias", "initial_state"}},

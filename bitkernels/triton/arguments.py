@@ -11,6 +11,15 @@ MAX_SIZE = 2**24
 ACTIVATIONS = (torch.float32, torch.bfloat16, torch.float16)
 
 
+# Triton's functions of these names also serve kernels, and cost microseconds a call.
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
 def check(holds: bool, op: str, message: str) -> None:
     if not holds:
         raise ValueError(f"{op}: {message}")

@@ -97,14 +97,27 @@ def check_scan(
     return sequences
 
 
-def check_step(op, state, x, dt, A, B, C, D, z, dt_bias, dt_min, dt_max) -> None:
+def check_step(op, state, x, dt, A, B, C, D, z, dt_bias, dt_min, dt_max, state_indices, seed, position) -> None:
     check_activation(op, "x", x)
     check_activation(op, "state", state)
     check_rank(op, "x", x, "[B, H, P]")
     check_rank(op, "B", B, "[B, G, N]")
     check_device(op, "state", state, x)
     check_heads(op, x, dt, A, B, C, D, z, dt_bias, dt_min, dt_max)
-    check_shape(op, "state", state, (*x.shape, B.shape[2]))
+    batch, H, P = x.shape
+    if state_indices is not None:
+        # Its values stay on the device; the kernel takes those that are too large for padding.
+        check_rank(op, "state", state, "[slots, H, P, N]")
+        check_integer(op, "state_indices", state_indices, x)
+        check_shape(op, "state_indices", state_indices, (batch,))
+    slots = batch if state_indices is None else state.shape[0]
+    check_shape(op, "state", state, (slots, H, P, B.shape[2]))
+    check((seed is None) == (position is None), op, "seed and position must be given together")
+    for argument, t in (("seed", seed), ("position", position)):
+        if t is not None:
+            check_device(op, argument, t, x)
+            check(t.dtype == torch.int64, op, f"{argument} must be Long, got {_name(t.dtype)}")
+            check_shape(op, argument, t, (batch,))
 
 
 def check_taps(op: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:

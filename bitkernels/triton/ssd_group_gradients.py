@@ -104,7 +104,7 @@ def group_gradients_kernel(
             scale = tl.exp2(total)
             if p_seq_idx is not None:
                 scale = tl.where(segment == 0, scale, 0.0)
-            for i_p in tl.static_range(0, (P + BLOCK_P - 1) // BLOCK_P):
+            for i_p in range(0, (P + BLOCK_P - 1) // BLOCK_P):
                 o_p, m_p = columns(i_p, P, BLOCK_P)
                 b_dy = load_tile(p_dy + i_h * stride_dy_h, stride_dy_t, o_i, m_t, o_p, m_p)
                 o_state = (i_part * H + i_h) * P * N + (o_p[:, None] * N + o_n[None, :])
@@ -123,7 +123,7 @@ def group_gradients_kernel(
             scale = tl.exp2(to_end) * tl.load(p_step + i_row * BLOCK_T + o_i)
             if p_seq_idx is not None:
                 scale = tl.where(segment == last_segment, scale, 0.0)
-            for i_p in tl.static_range(0, (P + BLOCK_P - 1) // BLOCK_P):
+            for i_p in range(0, (P + BLOCK_P - 1) // BLOCK_P):
                 o_p, m_p = columns(i_p, P, BLOCK_P)
                 b_x = load_tile(p_x + i_h * stride_x_h, stride_x_t, o_i, m_t, o_p, m_p)
                 o_state = (i_part * H + i_h) * P * N + (o_p[:, None] * N + o_n[None, :])

@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bitkernels.triton import arguments
+from bitkernels.triton.arguments import cdiv
 from bitkernels.triton.elementwise import silu, step_options
 from bitkernels.triton.mixer_arguments import check_scan
 from bitkernels.triton.ssd_scan_backward import ssd_scan_backward
@@ -176,7 +177,7 @@ def ssd_scan(
     )
     enter = enter_chunks(x, B, None, decays, chunks, tile, initial, final)
     D_strides = (0, 0) if D is None else (D.stride(0), D.stride(1) if D.dim() == 2 else 0)
-    ssd_scan_kernel[(chunks.count, H, triton.cdiv(P, tile.headdim))](
+    ssd_scan_kernel[(chunks.count, H, cdiv(P, tile.headdim))](
         x, B, C, D, z, *decays.pointers, enter, y, final if chunks.whole else None, H, *chunks.args,
         *token_strides(x), *token_strides(B), *token_strides(C), *token_strides(z), *D_strides, *decays.strides,
         P=P, N=N, HEADS_PER_GROUP=H // G, BLOCK_T=tile.time, BLOCK_P=tile.headdim, BLOCK_N=tile.state,

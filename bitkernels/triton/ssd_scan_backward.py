@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bitkernels.triton.arguments import cdiv
 from bitkernels.triton.elementwise import silu, silu_gradient, step_options, step_size
 from bitkernels.triton.mixer_arguments import check_floating, check_like, check_scan
 from bitkernels.triton.ssd_group_gradients import group_gradients
@@ -45,8 +46,8 @@ STATE_BYTES = 2**28
 
 def head_splits(programs: int, heads: int) -> int:
     """Over how many programs to spread the heads of a group."""
-    splits = min(heads, triton.cdiv(MIN_PROGRAMS, programs))
-    return triton.cdiv(heads, triton.cdiv(heads, splits))
+    splits = min(heads, cdiv(MIN_PROGRAMS, programs))
+    return cdiv(heads, cdiv(heads, splits))
 
 
 @triton.jit(do_not_specialize=["first_block", "T", "chunk_length"])
@@ -167,7 +168,7 @@ def ssd_scan_backward_kernel(
         through_leave = tl.zeros([BLOCK_T], tl.float32)  # what token j gave the leaving state, times dh, without dt_j
         through_both = 0.0  # what the entering state gave the leaving one, times dh
         dD = 0.0
-        for i_p in tl.static_range(0, (P + BLOCK_P - 1) // BLOCK_P):
+        for i_p in range(0, (P + BLOCK_P - 1) // BLOCK_P):
             o_p, m_p = columns(i_p, P, BLOCK_P)
             m_tile = m_t[:, None] & m_p[None, :]
             o_tile = o_i[:, None] * (H * P) + o_p[None, :]
@@ -308,7 +309,7 @@ def ssd_scan_backward(
     D_strides = (0, 0) if D is None else (D.stride(0), D.stride(1) if D.dim() == 2 else 0)
     per_chunk = chunks.blocks // chunks.count
     length = max(1, STATE_BYTES // (2 * per_chunk * H * P * N * x.element_size()))
-    length = triton.cdiv(chunks.count, triton.cdiv(chunks.count, length))
+    length = cdiv(chunks.count, cdiv(chunks.count, length))
     n_blocks = length * per_chunk
     h = torch.empty(n_blocks, H, P, N, dtype=x.dtype, **fresh)
     dh = torch.empty_like(h)

@@ -11,6 +11,7 @@ the same backwards in time with ``dy`` and ``C`` in place of ``x`` and ``B``.
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bitkernels.triton.arguments import MAX_SIZE
+from bitkernels.triton.arguments import MAX_SIZE, cdiv, next_power_of_2
 from bitkernels.triton.elementwise import silu, step_size
 
 # Programs worth having before chunks grow beyond a block: two rounds of two for each multiprocessor of a large GPU.
@@ -39,15 +40,16 @@ class Tile:
     stages: int = 2
 
 
+@cache
 def scan_tile(dtype: torch.dtype, P: int, N: int) -> Tile:
     """Registers hold a float32 state [headdim, state] and a [time, headdim] output.
 
     Four warps are one warpgroup, and its products have 64 rows: more warps would repeat each other's work.
     """
-    state = max(16, triton.next_power_of_2(N))
-    headdim = max(16, triton.next_power_of_2(P))
+    state = max(16, next_power_of_2(N))
+    headdim = max(16, next_power_of_2(P))
     if dtype == torch.float32:
-        return Tile(16, min(headdim, 32), state, 8)
+        return Tile(16, min(headdim, 32 if state <= 128 else 16), state, 8)
     return Tile(64, min(headdim, 64), state, 4) if state <= 128 else Tile(64, min(headdim, 32), state, 8)
 
 
@@ -82,15 +84,15 @@ class Chunks:
 
 def divide(x: Tensor, cu_seqlens: Tensor | None, tile: Tile) -> Chunks:
     batch, T, H, P = x.shape
-    columns = H * triton.cdiv(P, tile.headdim)
+    columns = H * cdiv(P, tile.headdim)
     blocks = max(1, batch * T * columns // (MIN_PROGRAMS * tile.time))
     # Powers of two keep the number of chunks from jumping with every token.
     length = tile.time * 2 ** (blocks.bit_length() - 1)
     if cu_seqlens is None:
-        length = min(length, tile.time * triton.cdiv(T, tile.time))
-        return Chunks(T, length, tile.time, batch * triton.cdiv(T, length), batch)
+        length = min(length, tile.time * cdiv(T, tile.time))
+        return Chunks(T, length, tile.time, batch * cdiv(T, length), batch)
     sequences = cu_seqlens.shape[0] - 1
-    count = triton.cdiv(T, length) + sequences
+    count = cdiv(T, length) + sequences
     first = torch.zeros(sequences + 1, dtype=torch.int64, device=x.device)
     torch.cumsum((cu_seqlens.diff().clamp_(min=0) + (length - 1)) // length, 0, out=first[1:])
     first.clamp_(max=count)  # like the bounds in chunk_span: no cu_seqlens leads outside of x
@@ -313,10 +315,9 @@ def walk_states_kernel(
         m_t = o_i < length - i_block * BLOCK_T
         total, _, to_end = load_decays(p_total, p_low, i_row_t, BLOCK_T)
         decay = tl.exp2(tl.load(p_total + i_row_t * BLOCK_T + BLOCK_T - 1))
-        if BACKWARD:
-            scale = tl.exp2(total)
-        else:
-            scale = tl.exp2(to_end) * tl.load(p_step + i_row_t * BLOCK_T + o_i)
+        scale = tl.exp2(total if BACKWARD else to_end)
+        if not BACKWARD:
+            scale *= tl.load(p_step + i_row_t * BLOCK_T + o_i)
         if p_seq_idx is not None:
             segment = load_segments(p_seq_idx, stride_seq_t, first + o_i, m_t)
             last_segment = tl.max(segment, 0)
@@ -412,7 +413,7 @@ def prepare(
     step = torch.empty(chunks.blocks, H, chunks.block, dtype=torch.float32, device=dt.device)
     total = torch.empty_like(step)
     low = torch.empty_like(step) if exact else None
-    steps_kernel[(chunks.blocks, triton.cdiv(H, STEPS_BLOCK_H))](
+    steps_kernel[(chunks.blocks, cdiv(H, STEPS_BLOCK_H))](
         dt, A, dt_bias, step, total, low, H, *chunks.args, *dt.stride(), *limits,
         BLOCK_T=chunks.block, BLOCK_H=STEPS_BLOCK_H, **flags, num_warps=4,
     )  # fmt: skip
@@ -441,7 +442,7 @@ def walk_states(
     """Walks the chunks in ``part``, with ``walk_states_kernel``."""
     H, P = u.shape[2:]
     G, N = v.shape[2:]
-    walk_states_kernel[(len(part), H, triton.cdiv(P, tile.headdim))](
+    walk_states_kernel[(len(part), H, cdiv(P, tile.headdim))](
         u, v, z, *decays.pointers, enter, blocks, leave, decay, part.start, H, *chunks.args,
         *token_strides(u), *token_strides(v), *token_strides(z), *decays.strides,
         P=P, N=N, HEADS_PER_GROUP=H // G, BLOCK_T=tile.time, BLOCK_P=tile.headdim, BLOCK_N=tile.state,
@@ -471,7 +472,7 @@ def enter_chunks(
     states = torch.empty(chunks.count, H, P, N, dtype=torch.float32, device=u.device)
     decay = torch.empty(chunks.count, H, dtype=torch.float32, device=u.device)
     walk_states(u, v, z, decays, chunks, tile, None, None, states, decay, backward, range(chunks.count))
-    pass_states_kernel[(chunks.sequences, H, triton.cdiv(P * N, PASS_BLOCK))](
+    pass_states_kernel[(chunks.sequences, H, cdiv(P * N, PASS_BLOCK))](
         states, decay, initial, final, H, P * N, *chunks.args, BLOCK=PASS_BLOCK, BACKWARD=backward, num_warps=4
     )
     return states
