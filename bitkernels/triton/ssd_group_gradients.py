@@ -22,6 +22,9 @@ from bitkernels.triton.ssd_states import (
     token_strides,
 )
 
+# Heads under way at once: a program does little but wait for them.
+STAGES = 3
+
 
 @triton.jit(do_not_specialize=["first_block", "T", "chunk_length"])
 def group_gradients_kernel(
@@ -167,5 +170,5 @@ def group_gradients(
         *token_strides(dy), *token_strides(x), *token_strides(B), *token_strides(C), *token_strides(z),
         *decays.strides, P=P, N=N, HEADS_PER_GROUP=H // G, SPLITS=splits, PAIR_SPLITS=dCB.shape[2],
         BLOCK_T=tile.time, BLOCK_P=tile.headdim, BLOCK_N=tile.state, PRECISION=precision_of(x.dtype),
-        num_warps=tile.warps, num_stages=tile.stages,
+        num_warps=tile.warps, num_stages=STAGES,
     )  # fmt: skip

@@ -27,6 +27,9 @@ from bitkernels.triton.ssd_states import (
     token_strides,
 )
 
+# With a block ahead two programs still fit the shared memory of a multiprocessor.
+STAGES = 2
+
 
 @triton.jit(do_not_specialize=["T", "chunk_length"])
 def ssd_scan_kernel(
@@ -181,7 +184,7 @@ def ssd_scan(
         x, B, C, D, z, *decays.pointers, enter, y, final if chunks.whole else None, H, *chunks.args,
         *token_strides(x), *token_strides(B), *token_strides(C), *token_strides(z), *D_strides, *decays.strides,
         P=P, N=N, HEADS_PER_GROUP=H // G, BLOCK_T=tile.time, BLOCK_P=tile.headdim, BLOCK_N=tile.state,
-        PRECISION=precision_of(x.dtype), num_warps=tile.warps, num_stages=tile.stages,
+        PRECISION=precision_of(x.dtype), num_warps=tile.warps, num_stages=STAGES,
     )  # fmt: skip
     return y, final
 

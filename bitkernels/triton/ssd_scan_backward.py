@@ -42,12 +42,30 @@ from bitkernels.triton.ssd_states import (
 MIN_PROGRAMS = 528
 # Of h and dh, together.
 STATE_BYTES = 2**28
+# Loads ahead would leave shared memory for one program a multiprocessor.
+STAGES = 1
 
 
 def head_splits(programs: int, heads: int) -> int:
     """Over how many programs to spread the heads of a group."""
     splits = min(heads, cdiv(MIN_PROGRAMS, programs))
     return cdiv(heads, cdiv(heads, splits))
+
+
+@triton.jit
+def pair_gradients(dCB, dweights, CB, dt, total, low, reached, p_low, PRECISION: tl.constexpr):
+    """From the gradient of the weights [j, i] of a block's pairs: dCB with theirs, ddt and ddecay [BLOCK_T].
+
+    Decay k counts for every pair j < k <= i.
+    """
+    o = tl.arange(0, dCB.shape[0])
+    dweights *= pair_decay(-total, -low, reached, p_low)
+    dCB += dweights * dt[:, None]
+    dweights *= CB
+    ddt = tl.sum(dweights, 1)
+    at_or_before = (o[:, None] >= o[None, :]).to(tl.float32)  # [i, k]
+    pairs = tl.dot(dweights * dt[:, None], at_or_before, input_precision=PRECISION)  # [j, k]
+    return dCB, ddt, tl.sum(tl.where(o[:, None] < o[None, :], pairs, 0.0), 0)
 
 
 @triton.jit(do_not_specialize=["first_block", "T", "chunk_length"])
@@ -108,6 +126,7 @@ def ssd_scan_backward_kernel(
     HEADS_PER_GROUP: tl.constexpr,
     SPLITS: tl.constexpr,
     HEAD_SUMS: tl.constexpr,
+    TILES: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -143,7 +162,6 @@ def ssd_scan_backward_kernel(
         segment = load_segments(p_seq_idx + i_b * stride_seq_b, stride_seq_t, first + o_i, m_t)
         last_segment = tl.max(segment, 0)
         reached = reached & (segment[:, None] == segment[None, :])
-    at_or_before = (o_i[:, None] >= o_i[None, :]).to(tl.float32)  # [i, k]
 
     dCB = tl.zeros([BLOCK_T, BLOCK_T], tl.float32)
     heads = tl.cdiv(HEADS_PER_GROUP, SPLITS)
@@ -160,15 +178,16 @@ def ssd_scan_backward_kernel(
             kept = tl.where(last_segment == 0, kept, 0.0)
             from_enter = tl.where(segment == 0, from_enter, 0.0)
             to_leave = tl.where(segment == last_segment, to_leave, 0.0)
-        decay = pair_decay(-total, -low, reached, p_low)  # [j, i]
-        weights = (CB * decay * dt[:, None]).to(b_B.dtype)
+        weights = (CB * pair_decay(-total, -low, reached, p_low) * dt[:, None]).to(b_B.dtype)
 
         dweights = tl.zeros([BLOCK_T, BLOCK_T], tl.float32)  # x_j dy_i
         through_enter = tl.zeros([BLOCK_T], tl.float32)  # what the entering state gave y_i, times dy_i
         through_leave = tl.zeros([BLOCK_T], tl.float32)  # what token j gave the leaving state, times dh, without dt_j
+        ddt = tl.zeros([BLOCK_T], tl.float32)
+        ddecay = tl.zeros([BLOCK_T], tl.float32)
         through_both = 0.0  # what the entering state gave the leaving one, times dh
         dD = 0.0
-        for i_p in range(0, (P + BLOCK_P - 1) // BLOCK_P):
+        for i_p in range(0, TILES):
             o_p, m_p = columns(i_p, P, BLOCK_P)
             m_tile = m_t[:, None] & m_p[None, :]
             o_tile = o_i[:, None] * (H * P) + o_p[None, :]
@@ -176,49 +195,46 @@ def ssd_scan_backward_kernel(
             m_state = m_p[:, None] & m_n[None, :]
             b_x = load_tile(p_x + i_h * stride_x_h, stride_x_t, o_i, m_t, o_p, m_p)
             b_dy = load_tile(p_dy + i_h * stride_dy_h, stride_dy_t, o_i, m_t, o_p, m_p)
-            b_h = tl.load(p_h + o_states + o_state, mask=m_state, other=0.0)
-            b_dh = tl.load(p_dh + o_states + o_state, mask=m_state, other=0.0)
-            if p_D is not None:
-                D = tl.load(p_D + i_h * stride_D_h + o_p * stride_D_p, mask=m_p, other=0.0).to(tl.float32)
             x = b_x.to(tl.float32)
             dy = b_dy.to(tl.float32)
-            y = tl.dot(b_C, tl.trans(b_h), input_precision=PRECISION) * from_enter[:, None]
-            if p_z is None:
-                through_enter += tl.sum(dy * y, 1)
-            else:
+            if p_z is not None:
                 z = load_tile(p_z + i_h * stride_z_h, stride_z_t, o_i, m_t, o_p, m_p).to(tl.float32)
-                gate = silu(z)
-                through_enter += tl.sum(dy * gate * y, 1)
-                y = tl.dot(tl.trans(weights), b_x, y, input_precision=PRECISION)
-                if p_D is not None:
-                    y += D[None, :] * x
-                dz = dy * y * silu_gradient(z)
-                tl.store(p_dz + i_h * P + o_tile, dz.to(p_dz.dtype.element_ty), mask=m_tile)
-                dy *= gate
+                dz = dy * silu_gradient(z)
+                dy *= silu(z)
                 b_dy = dy.to(b_x.dtype)
             dweights = tl.dot(b_x, tl.trans(b_dy), dweights, input_precision=PRECISION)
+            if TILES == 1:  # at once, as its operands take many registers
+                dCB, ddt, ddecay = pair_gradients(dCB, dweights, CB, dt, total, low, reached, p_low, PRECISION)
+
+            b_h = tl.load(p_h + o_states + o_state, mask=m_state, other=0.0)
+            y = tl.dot(b_C, tl.trans(b_h), input_precision=PRECISION) * from_enter[:, None]
+            through_enter += tl.sum(dy * y, 1)
+            b_dh = tl.load(p_dh + o_states + o_state, mask=m_state, other=0.0)
+            through_both += tl.sum(tl.sum(b_h.to(tl.float32) * b_dh.to(tl.float32), 1), 0)
             dx = tl.dot(b_B, tl.trans(b_dh), input_precision=PRECISION) * to_leave[:, None]
             through_leave += tl.sum(dx * x, 1)
-            through_both += tl.sum(tl.sum(b_h.to(tl.float32) * b_dh.to(tl.float32), 1), 0)
             dx = tl.dot(weights, b_dy, dx * dt[:, None], input_precision=PRECISION)
             if p_D is not None:
+                D = tl.load(p_D + i_h * stride_D_h + o_p * stride_D_p, mask=m_p, other=0.0).to(tl.float32)
                 dx += D[None, :] * dy
                 if HEAD_SUMS > 3:
                     tl.store(p_heads + i_row * HEAD_SUMS + 2 + o_p, tl.sum(dy * x, 0), mask=m_p)
                 else:
                     dD += tl.sum(tl.sum(dy * x, 1), 0)
             tl.store(p_dx + i_h * P + o_tile, dx.to(p_dx.dtype.element_ty), mask=m_tile)
+            if p_z is not None:
+                y = tl.dot(tl.trans(weights), b_x, y, input_precision=PRECISION)
+                if p_D is not None:
+                    y += D[None, :] * x
+                tl.store(p_dz + i_h * P + o_tile, (dz * y).to(p_dz.dtype.element_ty), mask=m_tile)
+        if TILES > 1:
+            dCB, ddt, ddecay = pair_gradients(dCB, dweights, CB, dt, total, low, reached, p_low, PRECISION)
 
-        dweights *= decay
-        dCB += dweights * dt[:, None]
-        dweights *= CB
-        ddt = tl.sum(dweights, 1) + through_leave
-        # Of decay k: every pair j < k <= i, the leaving state's part of j < k, and y_i's part of the entering state.
-        pairs = tl.dot(dweights * dt[:, None], at_or_before, input_precision=PRECISION)  # [j, k]
-        crossing = tl.where(o_i[:, None] < o_i[None, :], pairs + (through_leave * dt)[:, None], through_enter[:, None])
-        ddecay = tl.sum(crossing, 0) + kept * through_both
-        tl.store(p_heads + i_row * HEAD_SUMS, tl.sum(ddecay * tl.load(p_step + i_row * BLOCK_T + o_i), 0))
-        ddt += ddecay * tl.load(p_A + i_h).to(tl.float32)
+        # Of decay k, besides pairs: what tokens j < k gave the leaving state, and the entering state y_i from i = k on.
+        crossing = tl.where(o_i[:, None] < o_i[None, :], (through_leave * dt)[:, None], through_enter[:, None])
+        ddecay += tl.sum(crossing, 0) + kept * through_both
+        tl.store(p_heads + i_row * HEAD_SUMS, tl.sum(ddecay * dt, 0))
+        ddt += through_leave + ddecay * tl.load(p_A + i_h).to(tl.float32)
         o_dt = i_b * stride_dt_b + first * stride_dt_t + i_h * stride_dt_h + o_i.to(tl.int64) * stride_dt_t
         raw = tl.load(p_dt + o_dt, mask=m_t, other=0.0).to(tl.float32)
         if p_dt_bias is not None:
@@ -327,8 +343,8 @@ def ssd_scan_backward(
             dx, None if z is None else dz, ddt, dCB, sums, blocks.start, H, *chunks.args,
             *token_strides(dy), *token_strides(x), *token_strides(B), *token_strides(C), *token_strides(z), *D_strides,
             *dt.stride(), *decays.strides, *limits, P=P, N=N, HEADS_PER_GROUP=H // G, SPLITS=splits,
-            HEAD_SUMS=head_sums, BLOCK_T=tile.time, BLOCK_P=tile.headdim, BLOCK_N=tile.state, **flags,
-            PRECISION=precision_of(x.dtype), num_warps=tile.warps, num_stages=1,
+            HEAD_SUMS=head_sums, TILES=cdiv(P, tile.headdim), BLOCK_T=tile.time, BLOCK_P=tile.headdim,
+            BLOCK_N=tile.state, **flags, PRECISION=precision_of(x.dtype), num_warps=tile.warps, num_stages=STAGES,
         )  # fmt: skip
         group_gradients(dy, x, B, C, z, decays, h, dh, dCB, dBC, chunks, tile, blocks)
     dB, dC = dBC[:, 0] if out_splits == 1 else dBC.sum(1).to(B.dtype)

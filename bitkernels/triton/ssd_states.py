@@ -26,6 +26,8 @@ from bitkernels.triton.elementwise import silu, step_size
 MIN_PROGRAMS = 528
 PASS_BLOCK = 1024
 STEPS_BLOCK_H = 16
+# Blocks of a walk under way at once: it does little but wait for them.
+WALK_STAGES = 3
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -37,7 +39,6 @@ class Tile:
     headdim: int
     state: int
     warps: int
-    stages: int = 2
 
 
 @cache
@@ -446,7 +447,7 @@ def walk_states(
         u, v, z, *decays.pointers, enter, blocks, leave, decay, part.start, H, *chunks.args,
         *token_strides(u), *token_strides(v), *token_strides(z), *decays.strides,
         P=P, N=N, HEADS_PER_GROUP=H // G, BLOCK_T=tile.time, BLOCK_P=tile.headdim, BLOCK_N=tile.state,
-        BACKWARD=backward, PRECISION=precision_of(u.dtype), num_warps=tile.warps, num_stages=tile.stages,
+        BACKWARD=backward, PRECISION=precision_of(u.dtype), num_warps=tile.warps, num_stages=WALK_STAGES,
     )  # fmt: skip
 
 

@@ -11,8 +11,9 @@ from bitkernels.triton.elementwise import silu, step_options, step_size
 from bitkernels.triton.mixer_arguments import check_step
 from bitkernels.triton.stochastic_round import round_stochastically, state_random_bits
 
-# State elements a program holds; small enough that one request fills the machine.
-TILE = 2048
+# State elements a program holds: few while requests do not fill the machine, else enough to hide the rest of its work.
+SMALL_TILE, LARGE_TILE = 2048, 8192
+LARGE_FROM = 1056 * LARGE_TILE
 
 
 @triton.jit
@@ -135,7 +136,8 @@ def ssd_step(
         seed = position = None
     state_indices, seed, position = (None if t is None else t.contiguous() for t in (state_indices, seed, position))
     block_n = max(8, next_power_of_2(N))  # a draw of random bits serves eight elements
-    block_p = min(next_power_of_2(P), max(1, TILE // block_n))
+    tile = LARGE_TILE if batch * H * P * N >= LARGE_FROM else SMALL_TILE
+    block_p = min(next_power_of_2(P), max(1, tile // block_n))
     limits, flags = step_options(dt_softplus, dt_min, dt_max)
     ssd_step_kernel[(batch, H, cdiv(P, block_p))](
         state, x, dt, A, B, C, D, z, dt_bias, state_indices, seed, position, y, state.shape[0], H, P, N,
