@@ -10,10 +10,8 @@ from bitkernels import reference
 from bitkernels.compat import mamba_chunk_scan_combined
 
 # As of mamba_ssm 2.3.
-PARAMETERS = (
-    "x dt A B C chunk_size D z dt_bias initial_states seq_idx cu_seqlens dt_softplus dt_limit return_final_states "
-    "return_varlen_states"
-).split()
+PARAMETERS = """x dt A B C chunk_size D z dt_bias initial_states seq_idx cu_seqlens dt_softplus dt_limit
+return_final_states return_varlen_states"""
 
 
 def inputs(device, T=50, H=4, P=16, G=2, N=16):
@@ -24,7 +22,7 @@ def inputs(device, T=50, H=4, P=16, G=2, N=16):
 
 def test_signature():
     parameters = inspect.signature(mamba_chunk_scan_combined).parameters
-    assert list(parameters) == PARAMETERS
+    assert list(parameters) == PARAMETERS.split()
     assert parameters["chunk_size"].default is inspect.Parameter.empty
     assert parameters["dt_limit"].default == (0.0, float("inf"))
 

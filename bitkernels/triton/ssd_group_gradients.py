@@ -26,7 +26,7 @@ from bitkernels.triton.ssd_states import (
 STAGES = 3
 
 
-@triton.jit(do_not_specialize=["first_block", "T", "chunk_length"])
+@triton.jit(do_not_specialize=["first_block", "splits", "pair_splits", "tokens", "T", "chunk_length"])
 def group_gradients_kernel(
     p_dy,  # [B, T, H, P]
     p_x,  # [B, T, H, P]
@@ -39,9 +39,11 @@ def group_gradients_kernel(
     p_seq_idx,  # [B, T] or None
     p_h,  # [blocks of the part, H, P, N]
     p_dh,  # [blocks of the part, H, P, N]
-    p_dCB,  # [blocks of the part, G, PAIR_SPLITS, BLOCK_T, BLOCK_T] float32, of (C B^T)^T
-    p_out,  # [2, SPLITS, B, T, G, N]: of B, and of C
+    p_dCB,  # [blocks of the part, G, pair_splits, BLOCK_T, BLOCK_T] float32, of (C B^T)^T
+    p_out,  # [2, splits, B, T, G, N]: of B, and of C
     first_block,
+    splits,  # programs the heads of a group are spread over
+    pair_splits,
     tokens,  # B * T
     H,
     T,
@@ -69,16 +71,14 @@ def group_gradients_kernel(
     P: tl.constexpr,
     N: tl.constexpr,
     HEADS_PER_GROUP: tl.constexpr,
-    SPLITS: tl.constexpr,
-    PAIR_SPLITS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     i_part = tl.program_id(0).to(tl.int64)
-    of_C = tl.program_id(1) >= SPLITS
-    i_split = (tl.program_id(1) % SPLITS).to(tl.int64)
+    of_C = tl.program_id(1) >= splits
+    i_split = (tl.program_id(1) % splits).to(tl.int64)
     i_g = tl.program_id(2).to(tl.int64)
     i_block = first_block + i_part
     i_b, first, count = block_span(i_block, T, chunk_length, p_cu_seqlens, p_sequence, p_first, BLOCK_T)
@@ -88,11 +88,11 @@ def group_gradients_kernel(
     m_t = o_i < count
     o_n, m_n = columns(0, N, BLOCK_N)
     m_out = m_t[:, None] & m_n[None, :]
-    heads = tl.cdiv(HEADS_PER_GROUP, SPLITS)
+    heads = tl.cdiv(HEADS_PER_GROUP, splits)
     begin = i_g * HEADS_PER_GROUP + i_split * heads
     end = tl.minimum(begin + heads, (i_g + 1) * HEADS_PER_GROUP)
     groups = H // HEADS_PER_GROUP
-    p_dCB += (i_part * groups + i_g) * PAIR_SPLITS * BLOCK_T * BLOCK_T
+    p_dCB += (i_part * groups + i_g) * pair_splits * BLOCK_T * BLOCK_T
     if p_seq_idx is not None:
         segment = load_segments(p_seq_idx + i_b * stride_seq_b, stride_seq_t, first + o_i, m_t)
         last_segment = tl.max(segment, 0)
@@ -138,7 +138,7 @@ def group_gradients_kernel(
 
     if i_split == 0:
         dCB = tl.zeros([BLOCK_T, BLOCK_T], tl.float32)
-        for i_sum in range(0, PAIR_SPLITS):
+        for i_sum in range(0, pair_splits):
             dCB += tl.load(p_dCB + i_sum * BLOCK_T * BLOCK_T + o_pair)
         gradient = tl.dot(dCB.to(b_v.dtype), b_v, gradient, input_precision=PRECISION)
     o_row = tl.program_id(1).to(tl.int64) * tokens + i_b * T + first + o_i
@@ -166,9 +166,9 @@ def group_gradients(
     G, N = B.shape[2:]
     splits = out.shape[1]
     group_gradients_kernel[(len(part), 2 * splits, G)](
-        dy, x, B, C, z, *decays.pointers, h, dh, dCB, out, part.start, x.shape[0] * x.shape[1], H, *chunks.args,
+        dy, x, B, C, z, *decays.pointers, h, dh, dCB, out, part.start, splits, dCB.shape[2],
+        x.shape[0] * x.shape[1], H, *chunks.args,
         *token_strides(dy), *token_strides(x), *token_strides(B), *token_strides(C), *token_strides(z),
-        *decays.strides, P=P, N=N, HEADS_PER_GROUP=H // G, SPLITS=splits, PAIR_SPLITS=dCB.shape[2],
-        BLOCK_T=tile.time, BLOCK_P=tile.headdim, BLOCK_N=tile.state, PRECISION=precision_of(x.dtype),
-        num_warps=tile.warps, num_stages=STAGES,
+        *decays.strides, P=P, N=N, HEADS_PER_GROUP=H // G, BLOCK_T=tile.time, BLOCK_P=tile.headdim,
+        BLOCK_N=tile.state, PRECISION=precision_of(x.dtype), num_warps=tile.warps, num_stages=STAGES,
     )  # fmt: skip

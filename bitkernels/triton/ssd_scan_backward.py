@@ -68,7 +68,7 @@ def pair_gradients(dCB, dweights, CB, dt, total, low, reached, p_low, PRECISION:
     return dCB, ddt, tl.sum(tl.where(o[:, None] < o[None, :], pairs, 0.0), 0)
 
 
-@triton.jit(do_not_specialize=["first_block", "T", "chunk_length"])
+@triton.jit(do_not_specialize=["first_block", "splits", "T", "chunk_length"])
 def ssd_scan_backward_kernel(
     p_dy,  # [B, T, H, P]
     p_x,  # [B, T, H, P]
@@ -88,9 +88,10 @@ def ssd_scan_backward_kernel(
     p_dx,  # [B, T, H, P] contiguous
     p_dz,  # [B, T, H, P] contiguous, or None
     p_ddt,  # [B, T, H] contiguous
-    p_dCB,  # [blocks of the part, G, SPLITS, BLOCK_T, BLOCK_T] float32, of (C B^T)^T
+    p_dCB,  # [blocks of the part, G, splits, BLOCK_T, BLOCK_T] float32, of (C B^T)^T
     p_heads,  # [blocks, H, HEAD_SUMS] float32: parts of the gradients of A, dt_bias and D
     first_block,
+    splits,  # programs the heads of a group are spread over
     H,
     T,
     chunk_length,
@@ -124,7 +125,6 @@ def ssd_scan_backward_kernel(
     P: tl.constexpr,
     N: tl.constexpr,
     HEADS_PER_GROUP: tl.constexpr,
-    SPLITS: tl.constexpr,
     HEAD_SUMS: tl.constexpr,
     TILES: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -164,7 +164,7 @@ def ssd_scan_backward_kernel(
         reached = reached & (segment[:, None] == segment[None, :])
 
     dCB = tl.zeros([BLOCK_T, BLOCK_T], tl.float32)
-    heads = tl.cdiv(HEADS_PER_GROUP, SPLITS)
+    heads = tl.cdiv(HEADS_PER_GROUP, splits)
     for i_head in range(i_split * heads, tl.minimum(i_split * heads + heads, HEADS_PER_GROUP)):
         i_h = i_g * HEADS_PER_GROUP + i_head
         i_row = i_block * H + i_h
@@ -251,7 +251,7 @@ def ssd_scan_backward_kernel(
             tl.store(p_heads + i_row * HEAD_SUMS + 2, dD)
 
     o_pair = o_i[:, None] * BLOCK_T + o_i[None, :]
-    i_sum = (i_part * (H // HEADS_PER_GROUP) + i_g) * SPLITS + i_split
+    i_sum = (i_part * (H // HEADS_PER_GROUP) + i_g) * splits + i_split
     tl.store(p_dCB + i_sum * BLOCK_T * BLOCK_T + o_pair, dCB)
 
 
@@ -340,9 +340,9 @@ def ssd_scan_backward(
         walk_states(dy, C, z, decays, chunks, tile, leave, dh, last, None, True, part)
         ssd_scan_backward_kernel[(len(blocks), splits, G)](
             dy, x, B, C, D, z, dt, A, dt_bias, *decays.pointers, h, dh,
-            dx, None if z is None else dz, ddt, dCB, sums, blocks.start, H, *chunks.args,
+            dx, None if z is None else dz, ddt, dCB, sums, blocks.start, splits, H, *chunks.args,
             *token_strides(dy), *token_strides(x), *token_strides(B), *token_strides(C), *token_strides(z), *D_strides,
-            *dt.stride(), *decays.strides, *limits, P=P, N=N, HEADS_PER_GROUP=H // G, SPLITS=splits,
+            *dt.stride(), *decays.strides, *limits, P=P, N=N, HEADS_PER_GROUP=H // G,
             HEAD_SUMS=head_sums, TILES=cdiv(P, tile.headdim), BLOCK_T=tile.time, BLOCK_P=tile.headdim,
             BLOCK_N=tile.state, **flags, PRECISION=precision_of(x.dtype), num_warps=tile.warps, num_stages=STAGES,
         )  # fmt: skip
