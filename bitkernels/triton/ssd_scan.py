@@ -15,7 +15,6 @@ from bitkernels.triton.ssd_states import (
     columns,
     dense,
     divide,
-    enter_chunks,
     load_decays,
     load_segments,
     load_tile,
@@ -26,6 +25,7 @@ from bitkernels.triton.ssd_states import (
     segments_within,
     token_strides,
 )
+from bitkernels.triton.ssd_walk import enter_chunks
 
 # With a block ahead two programs still fit the shared memory of a multiprocessor.
 STAGES = 2

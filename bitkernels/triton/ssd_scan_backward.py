@@ -25,7 +25,6 @@ from bitkernels.triton.ssd_states import (
     columns,
     dense,
     divide,
-    enter_chunks,
     load_decays,
     load_segments,
     load_tile,
@@ -35,8 +34,8 @@ from bitkernels.triton.ssd_states import (
     scan_tile,
     segments_within,
     token_strides,
-    walk_states,
 )
+from bitkernels.triton.ssd_walk import enter_chunks, walk_states
 
 # Programs worth having before one takes several heads.
 MIN_PROGRAMS = 528

@@ -1,0 +1,265 @@
+"""The state before every chunk or block of the SSD scan, and backwards in time its gradient.
+
+The state before a chunk takes three launches: every chunk walks from zero (``walk_states``), the results are passed
+along each sequence (``pass_states_kernel``), and the walk that produces output starts from what was passed. Gradients
+do the same backwards in time with ``dy`` and ``C`` in place of ``x`` and ``B``.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from bitkernels.triton.arguments import cdiv
+from bitkernels.triton.elementwise import silu
+from bitkernels.triton.ssd_states import (
+    Chunks,
+    Decays,
+    Tile,
+    chunk_span,
+    columns,
+    load_decays,
+    load_segments,
+    load_tile,
+    precision_of,
+    token_strides,
+)
+
+PASS_BLOCK = 1024
+# Blocks of a walk under way at once: it does little but wait for them.
+WALK_STAGES = 3
+# Two heads of a group share the tiles of B or C, two thirds of what a walk of one head reads.
+WALK_HEADS = 2
+
+
+@triton.jit
+def enter_chunk(
+    p_enter, i_row, o_state, m_state, P: tl.constexpr, N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """[P, N] the state one head starts from."""
+    state = tl.zeros([BLOCK_P, BLOCK_N], tl.float32)
+    if p_enter is not None:
+        state += tl.load(p_enter + i_row * P * N + o_state, mask=m_state, other=0.0)
+    return state
+
+
+@triton.jit
+def leave_chunk(state, kept, p_leave, p_decay, i_row, o_state, m_state, P: tl.constexpr, N: tl.constexpr):
+    if p_leave is not None:
+        tl.store(p_leave + i_row * P * N + o_state, state.to(p_leave.dtype.element_ty), mask=m_state)
+    if p_decay is not None:
+        tl.store(p_decay + i_row, kept)
+
+
+@triton.jit
+def walk_block(
+    state, kept, b_v, p_u, stride_u_t, p_z, stride_z_t, p_step, p_total, p_low, i_decay, p_blocks, i_out, restarts,
+    m_seen, o_state, m_state, o_i, m_t, o_p, m_p, P: tl.constexpr, N: tl.constexpr, BLOCK_T: tl.constexpr,
+    BACKWARD: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One head through one block: its state after it, and what is left of the state the chunk entered with."""
+    if p_blocks is not None:
+        tl.store(p_blocks + i_out * P * N + o_state, state.to(p_blocks.dtype.element_ty), mask=m_state)
+    total, _, to_end = load_decays(p_total, p_low, i_decay, BLOCK_T)
+    decay = tl.exp2(tl.load(p_total + i_decay * BLOCK_T + BLOCK_T - 1))
+    scale = tl.exp2(total if BACKWARD else to_end)
+    if not BACKWARD:
+        scale *= tl.load(p_step + i_decay * BLOCK_T + o_i)
+    decay = tl.where(restarts == 0, decay, 0.0)
+    scale = tl.where(m_seen, scale, 0.0)
+    b_u = load_tile(p_u, stride_u_t, o_i, m_t, o_p, m_p)
+    u = b_u.to(tl.float32) * scale[:, None]
+    if p_z is not None:
+        u *= silu(load_tile(p_z, stride_z_t, o_i, m_t, o_p, m_p).to(tl.float32))
+    return tl.dot(tl.trans(u.to(b_u.dtype)), b_v, state * decay, input_precision=PRECISION), kept * decay
+
+
+@triton.jit(do_not_specialize=["first_chunk", "T", "chunk_length"])
+def walk_states_kernel(
+    p_u,  # [B, T, H, P] x, or dy backwards
+    p_v,  # [B, T, G, N] B, or C backwards
+    p_z,  # [B, T, H, P], gates u, or None
+    p_step,  # [blocks, H, BLOCK_T]
+    p_total,  # [blocks, H, BLOCK_T]
+    p_low,  # [blocks, H, BLOCK_T] or None
+    p_seq_idx,  # [B, T] or None
+    p_enter,  # [chunks, H, P, N] the state to start from, None: zero
+    p_blocks,  # [blocks, H, P, N] receives the state on entering each block from first_chunk on, or None
+    p_leave,  # [chunks, H, P, N] receives the state after the chunk, or None
+    p_decay,  # [chunks, H] receives what is left of the entering state, or None
+    first_chunk,
+    H,
+    T,
+    chunk_length,
+    p_cu_seqlens,
+    p_sequence,
+    p_first,
+    stride_u_b,
+    stride_u_t,
+    stride_u_h,
+    stride_v_b,
+    stride_v_t,
+    stride_v_g,
+    stride_z_b,
+    stride_z_t,
+    stride_z_h,
+    stride_seq_b,
+    stride_seq_t,
+    P: tl.constexpr,
+    N: tl.constexpr,
+    HEADS: tl.constexpr,
+    HEADS_PER_GROUP: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BACKWARD: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    i_chunk = tl.program_id(0).to(tl.int64) + first_chunk
+    blocks = chunk_length // BLOCK_T
+    i_h = tl.program_id(1).to(tl.int64) * HEADS
+    o_p, m_p = columns(tl.program_id(2), P, BLOCK_P)
+    o_n, m_n = columns(0, N, BLOCK_N)
+    o_i = tl.arange(0, BLOCK_T)
+    o_state = o_p[:, None] * N + o_n[None, :]
+    m_state = m_p[:, None] & m_n[None, :]
+
+    i_b, begin, length = chunk_span(i_chunk, T, chunk_length, p_cu_seqlens, p_sequence, p_first)
+    p_u += i_b * stride_u_b + i_h * stride_u_h
+    p_v += i_b * stride_v_b + (i_h // HEADS_PER_GROUP) * stride_v_g
+    if p_z is not None:
+        p_z += i_b * stride_z_b + i_h * stride_z_h
+    if p_seq_idx is not None:
+        p_seq_idx += i_b * stride_seq_b
+
+    i_row = i_chunk * H + i_h
+    state = enter_chunk(p_enter, i_row, o_state, m_state, P, N, BLOCK_P, BLOCK_N)
+    kept = 1.0
+    if HEADS == 2:
+        state_2 = enter_chunk(p_enter, i_row + 1, o_state, m_state, P, N, BLOCK_P, BLOCK_N)
+        kept_2 = 1.0
+    n_blocks = tl.cdiv(length, BLOCK_T)
+    for step in range(0, n_blocks):
+        i_block = n_blocks - 1 - step if BACKWARD else step
+        first = begin + i_block * BLOCK_T
+        m_t = o_i < length - i_block * BLOCK_T
+        m_seen = m_t
+        restarts = 0
+        if p_seq_idx is not None:
+            segment = load_segments(p_seq_idx, stride_seq_t, first + o_i, m_t)
+            restarts = tl.max(segment, 0)
+            m_seen = segment == (0 if BACKWARD else restarts)
+        b_v = load_tile(p_v + first * stride_v_t, stride_v_t, o_i, m_t, o_n, m_n)
+        i_decay = (i_chunk * blocks + i_block) * H + i_h
+        i_out = ((i_chunk - first_chunk) * blocks + i_block) * H + i_h
+        p_u_block = p_u + first * stride_u_t
+        p_z_block = None if p_z is None else p_z + first * stride_z_t
+        state, kept = walk_block(
+            state, kept, b_v, p_u_block, stride_u_t, p_z_block, stride_z_t, p_step, p_total, p_low, i_decay,
+            p_blocks, i_out, restarts, m_seen, o_state, m_state, o_i, m_t, o_p, m_p, P, N, BLOCK_T, BACKWARD, PRECISION,
+        )  # fmt: skip
+        if HEADS == 2:
+            p_z_block = None if p_z is None else p_z_block + stride_z_h
+            state_2, kept_2 = walk_block(
+                state_2, kept_2, b_v, p_u_block + stride_u_h, stride_u_t, p_z_block, stride_z_t, p_step, p_total, p_low,
+                i_decay + 1, p_blocks, i_out + 1, restarts, m_seen, o_state, m_state, o_i, m_t, o_p, m_p, P, N, BLOCK_T,
+                BACKWARD, PRECISION,
+            )  # fmt: skip
+
+    leave_chunk(state, kept, p_leave, p_decay, i_row, o_state, m_state, P, N)
+    if HEADS == 2:
+        leave_chunk(state_2, kept_2, p_leave, p_decay, i_row + 1, o_state, m_state, P, N)
+
+
+@triton.jit(do_not_specialize=["T", "chunk_length"])
+def pass_states_kernel(
+    p_states,  # [chunks, H, SIZE] float32: the state each chunk adds, replaced by the state it starts from
+    p_decay,  # [chunks, H] float32
+    p_initial,  # [sequences, H, SIZE] or None
+    p_final,  # [sequences, H, SIZE] or None
+    H,
+    SIZE,
+    T,
+    chunk_length,
+    p_cu_seqlens,
+    p_sequence,
+    p_first,
+    BLOCK: tl.constexpr,
+    BACKWARD: tl.constexpr,
+):
+    i_seq = tl.program_id(0).to(tl.int64)
+    i_h = tl.program_id(1).to(tl.int64)
+    o_e = tl.program_id(2).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    m_e = o_e < SIZE
+    if p_cu_seqlens is None:
+        count = tl.cdiv(T, chunk_length).to(tl.int64)
+        first = i_seq * count
+    else:
+        first = tl.load(p_first + i_seq)
+        count = tl.load(p_first + i_seq + 1) - first
+
+    state = tl.zeros([BLOCK], tl.float32)
+    if p_initial is not None:
+        state += tl.load(p_initial + (i_seq * H + i_h) * SIZE + o_e, mask=m_e, other=0.0).to(tl.float32)
+    for step in range(0, count):
+        i_row = (first + (count - 1 - step if BACKWARD else step)) * H + i_h
+        added = tl.load(p_states + i_row * SIZE + o_e, mask=m_e, other=0.0)
+        tl.store(p_states + i_row * SIZE + o_e, state, mask=m_e)
+        state = state * tl.load(p_decay + i_row) + added
+    if p_final is not None:
+        tl.store(p_final + (i_seq * H + i_h) * SIZE + o_e, state.to(p_final.dtype.element_ty), mask=m_e)
+
+
+def walk_states(
+    u: Tensor,
+    v: Tensor,
+    z: Tensor | None,
+    decays: Decays,
+    chunks: Chunks,
+    tile: Tile,
+    enter: Tensor | None,
+    blocks: Tensor | None,
+    leave: Tensor | None,
+    decay: Tensor | None,
+    backward: bool,
+    part: range,
+) -> None:
+    """Walks the chunks in ``part``, with ``walk_states_kernel``."""
+    H, P = u.shape[2:]
+    G, N = v.shape[2:]
+    fits = z is None and tile.headdim >= P and tile.state <= 128
+    heads = WALK_HEADS if fits and (H // G) % WALK_HEADS == 0 else 1
+    walk_states_kernel[(len(part), H // heads, cdiv(P, tile.headdim))](
+        u, v, z, *decays.pointers, enter, blocks, leave, decay, part.start, H, *chunks.args,
+        *token_strides(u), *token_strides(v), *token_strides(z), *decays.strides,
+        P=P, N=N, HEADS=heads, HEADS_PER_GROUP=H // G, BLOCK_T=tile.time, BLOCK_P=tile.headdim, BLOCK_N=tile.state,
+        BACKWARD=backward, PRECISION=precision_of(u.dtype), num_warps=tile.warps, num_stages=WALK_STAGES,
+    )  # fmt: skip
+
+
+def enter_chunks(
+    u: Tensor,
+    v: Tensor,
+    z: Tensor | None,
+    decays: Decays,
+    chunks: Chunks,
+    tile: Tile,
+    initial: Tensor | None,
+    final: Tensor | None,
+    backward: bool = False,
+) -> Tensor | None:
+    """The state [chunks, H, P, N] that each chunk starts from, None for zero; fills ``final`` unless chunks are whole.
+
+    Backwards in time, ``initial`` is the gradient of the final states and ``final`` that of the initial ones.
+    """
+    if chunks.whole:
+        return initial
+    H, P = u.shape[2:]
+    N = v.shape[3]
+    states = torch.empty(chunks.count, H, P, N, dtype=torch.float32, device=u.device)
+    decay = torch.empty(chunks.count, H, dtype=torch.float32, device=u.device)
+    walk_states(u, v, z, decays, chunks, tile, None, None, states, decay, backward, range(chunks.count))
+    pass_states_kernel[(chunks.sequences, H, cdiv(P * N, PASS_BLOCK))](
+        states, decay, initial, final, H, P * N, *chunks.args, BLOCK=PASS_BLOCK, BACKWARD=backward, num_warps=4
+    )
+    return states
