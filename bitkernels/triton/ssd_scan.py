@@ -83,7 +83,7 @@ def ssd_scan_kernel(
     o_i = tl.arange(0, BLOCK_T)
     o_state = (i_chunk * H + i_h) * P * N + (o_p[:, None] * N + o_n[None, :])
     m_state = m_p[:, None] & m_n[None, :]
-    reaches = o_i[:, None] >= o_i[None, :]
+    reaches = o_i[:, None] <= o_i[None, :]
 
     i_b, begin, length = chunk_span(i_chunk, T, chunk_length, p_cu_seqlens, p_sequence, p_first)
     p_x += i_b * stride_x_b + i_h * stride_x_h
@@ -122,10 +122,12 @@ def ssd_scan_kernel(
         b_x = load_tile(p_x + first * stride_x_t, stride_x_t, o_i, m_t, o_p, m_p)
         b_B = load_tile(p_B + first * stride_B_t, stride_B_t, o_i, m_t, o_n, m_n)
         b_C = load_tile(p_C + first * stride_C_t, stride_C_t, o_i, m_t, o_n, m_n)
-        weights = tl.dot(b_C, tl.trans(b_B), input_precision=PRECISION)
-        y = tl.dot(b_C, tl.trans(state.to(b_x.dtype)), input_precision=PRECISION) * from_enter[:, None]
-        weights *= pair_decay(total, low, visible, p_low) * step[None, :]
-        y = tl.dot(weights.to(b_x.dtype), b_x, y, input_precision=PRECISION)
+        # Outputs are [p, i] and pairs [j, i]: the state is a left operand and stays in registers.
+        y = tl.dot(state.to(b_x.dtype), tl.trans(b_C), input_precision=PRECISION) * from_enter[None, :]
+        weights = tl.dot(b_B, tl.trans(b_C), input_precision=PRECISION)
+        weights *= pair_decay(-total, -low, visible, p_low) * step[:, None]
+        y = tl.dot(tl.trans(b_x), weights.to(b_x.dtype), y, input_precision=PRECISION)
+        y = tl.trans(y)
         x = b_x.to(tl.float32)
         if p_D is not None:
             y += D[None, :] * x
