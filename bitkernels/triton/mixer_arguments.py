@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from bitkernels.triton.arguments import ACTIVATIONS, check, check_device, check_shape
+from bitkernels.triton.arguments import ACTIVATIONS, check, check_device, check_shape, fail
 
 _NAMES = {
     torch.float64: "Double",
@@ -20,11 +20,13 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def check_activation(op: str, argument: str, t: Tensor) -> None:
-    check(t.dtype in ACTIVATIONS, op, f"{argument} must be float32, bfloat16 or float16, got {_name(t.dtype)}")
+    if t.dtype not in ACTIVATIONS:
+        fail(op, f"{argument} must be float32, bfloat16 or float16, got {_name(t.dtype)}")
 
 
 def check_rank(op: str, argument: str, t: Tensor, form: str) -> None:
-    check(t.dim() == form.count(",") + 1, op, f"{argument} must be {form}, got {list(t.shape)}")
+    if t.dim() != form.count(",") + 1:
+        fail(op, f"{argument} must be {form}, got {list(t.shape)}")
 
 
 def check_like(op: str, argument: str, t: Tensor | None, x: Tensor, shape: tuple[int, ...]) -> None:
@@ -32,7 +34,8 @@ def check_like(op: str, argument: str, t: Tensor | None, x: Tensor, shape: tuple
     if t is None:
         return
     check_device(op, argument, t, x)
-    check(t.dtype == x.dtype, op, f"{argument} must be {_name(x.dtype)}, got {_name(t.dtype)}")
+    if t.dtype != x.dtype:
+        fail(op, f"{argument} must be {_name(x.dtype)}, got {_name(t.dtype)}")
     check_shape(op, argument, t, shape)
 
 
@@ -41,7 +44,8 @@ def check_floating(op: str, argument: str, t: Tensor | None, x: Tensor, shape: t
     if t is None:
         return
     check_device(op, argument, t, x)
-    check(t.is_floating_point(), op, f"{argument} must be a floating-point tensor, got {_name(t.dtype)}")
+    if not t.is_floating_point():
+        fail(op, f"{argument} must be a floating-point tensor, got {_name(t.dtype)}")
     check_shape(op, argument, t, shape)
 
 
@@ -62,12 +66,14 @@ def check_heads(op, x, dt, A, B, C, D, z, dt_bias, dt_min, dt_max) -> None:
     G, N = B.shape[-2:]
     check_floating(op, "dt", dt, x, (*lead, H))
     check_like(op, "B", B, x, (*lead, G, N))
-    check(G > 0 and H % G == 0, op, f"B must have a number of groups that divides {H} heads, got {list(B.shape)}")
+    if G <= 0 or H % G != 0:
+        fail(op, f"B must have a number of groups that divides {H} heads, got {list(B.shape)}")
     check_like(op, "C", C, x, (*lead, G, N))
     check_floating(op, "A", A, x, (H,))
     if D is not None:
-        check(tuple(D.shape) in ((H,), (H, P)), op, f"D must be of shape [{H}] or [{H}, {P}], got {list(D.shape)}")
-        check_floating(op, "D", D, x, tuple(D.shape))
+        if D.shape not in ((H,), (H, P)):
+            fail(op, f"D must be of shape [{H}] or [{H}, {P}], got {list(D.shape)}")
+        check_floating(op, "D", D, x, D.shape)
     check_floating(op, "dt_bias", dt_bias, x, (H,))
     check_like(op, "z", z, x, tuple(x.shape))
     if dt_max is not None:
