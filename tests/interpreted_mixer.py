@@ -11,6 +11,7 @@ from bitkernels.triton import causal_conv1d as conv
 from bitkernels.triton import gated_rms_norm as norm
 from bitkernels.triton import ssd_scan as scan
 from bitkernels.triton import ssd_states
+from bitkernels.triton.launch import PLANS
 from bitkernels.triton.ssd_step import ssd_step
 
 SCAN_ARGUMENTS = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_states")
@@ -67,6 +68,12 @@ def check_scan(given=(), dtype=torch.float32, T=50, B=2, H=4, P=20, N=24, G=2, l
             assert grad.numel() == 0
         else:
             assert_close(f"gradient of {name}", grad, leaves[name].grad, tolerance)
+
+
+@pytest.fixture(autouse=True)
+def no_plans():
+    """Plans are made of constants that tests change."""
+    PLANS.clear()
 
 
 @pytest.fixture(params=[1024, 1], ids=["chunks of one block", "whole sequences"])

@@ -6,18 +6,18 @@ What the states give of a block is a product over heads and channels at once, ``
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from bitkernels.triton.elementwise import silu
+from bitkernels.triton.launch import Launch
 from bitkernels.triton.ssd_states import (
     Chunks,
-    Decays,
     Tile,
     block_span,
     columns,
     load_decays,
     load_segments,
     load_tile,
+    pair_strides,
     precision_of,
     token_strides,
 )
@@ -41,6 +41,9 @@ def group_gradients_kernel(
     p_dh,  # [blocks of the part, H, P, N]
     p_dCB,  # [blocks of the part, G, pair_splits, BLOCK_T, BLOCK_T] float32, of (C B^T)^T
     p_out,  # [2, splits, B, T, G, N]: of B, and of C
+    p_cu_seqlens,
+    p_sequence,
+    p_first,
     first_block,
     splits,  # programs the heads of a group are spread over
     pair_splits,
@@ -48,9 +51,6 @@ def group_gradients_kernel(
     H,
     T,
     chunk_length,
-    p_cu_seqlens,
-    p_sequence,
-    p_first,
     stride_dy_b,
     stride_dy_t,
     stride_dy_h,
@@ -146,29 +146,14 @@ def group_gradients_kernel(
     tl.store(p_out + o_out, gradient.to(p_out.dtype.element_ty), mask=m_out)
 
 
-def group_gradients(
-    dy: Tensor,
-    x: Tensor,
-    B: Tensor,
-    C: Tensor,
-    z: Tensor | None,
-    decays: Decays,
-    h: Tensor,
-    dh: Tensor,
-    dCB: Tensor,
-    out: Tensor,
-    chunks: Chunks,
-    tile: Tile,
-    part: range,
-) -> None:
-    """Fills ``out`` [2, splits, B, T, G, N], gradients of B and of C in parts over heads, for a range of blocks."""
-    H, P = x.shape[2:]
+def plan_group_gradients(
+    dy, x, B, C, z, seq_idx, chunks: Chunks, tile: Tile, blocks: int, splits: int, pair_splits: int
+) -> Launch:
+    """Plans ``group_gradients_kernel`` for a number of blocks; call: its pointers, and the first block."""
+    batch, T, H, P = x.shape
     G, N = B.shape[2:]
-    splits = out.shape[1]
-    group_gradients_kernel[(len(part), 2 * splits, G)](
-        dy, x, B, C, z, *decays.pointers, h, dh, dCB, out, part.start, splits, dCB.shape[2],
-        x.shape[0] * x.shape[1], H, *chunks.args,
-        *token_strides(dy), *token_strides(x), *token_strides(B), *token_strides(C), *token_strides(z),
-        *decays.strides, P=P, N=N, HEADS_PER_GROUP=H // G, BLOCK_T=tile.time, BLOCK_P=tile.headdim,
-        BLOCK_N=tile.state, PRECISION=precision_of(x.dtype), num_warps=tile.warps, num_stages=STAGES,
+    return Launch(
+        group_gradients_kernel, (blocks, 2 * splits, G), splits, pair_splits, batch * T, H, chunks.T, chunks.length,
+        *token_strides(dy, x, B, C, z), *pair_strides(seq_idx), P, N, H // G, tile.time, tile.headdim, tile.state,
+        precision_of(x.dtype), num_warps=tile.warps, num_stages=STAGES,
     )  # fmt: skip

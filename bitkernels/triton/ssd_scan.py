@@ -8,24 +8,26 @@ from torch import Tensor
 from bitkernels.triton import arguments
 from bitkernels.triton.arguments import cdiv
 from bitkernels.triton.elementwise import silu, step_options
+from bitkernels.triton.launch import Launch, layout, planned
 from bitkernels.triton.mixer_arguments import check_scan
 from bitkernels.triton.ssd_scan_backward import ssd_scan_backward
 from bitkernels.triton.ssd_states import (
+    Decays,
     chunk_span,
+    chunk_table,
     columns,
-    dense,
+    dense_inputs,
     divide,
     load_decays,
     load_segments,
     load_tile,
     pair_decay,
+    pair_strides,
     precision_of,
-    prepare,
     scan_tile,
-    segments_within,
     token_strides,
 )
-from bitkernels.triton.ssd_walk import enter_chunks
+from bitkernels.triton.ssd_walk import EnterChunks
 
 # With a block ahead two programs still fit the shared memory of a multiprocessor.
 STAGES = 2
@@ -45,12 +47,12 @@ def ssd_scan_kernel(
     p_enter,  # [chunks, H, P, N] the state each chunk starts from, None: zero
     p_y,  # [B, T, H, P] contiguous
     p_leave,  # [chunks, H, P, N] receives the state after each chunk, or None
-    H,
-    T,
-    chunk_length,
     p_cu_seqlens,
     p_sequence,
     p_first,
+    H,
+    T,
+    chunk_length,
     stride_x_b,
     stride_x_t,
     stride_x_h,
@@ -142,6 +144,61 @@ def ssd_scan_kernel(
         tl.store(p_leave + o_state, state.to(p_leave.dtype.element_ty), mask=m_state)
 
 
+class ScanPlan:
+    """Checks arguments and plans the launches for them; call: y and the final states."""
+
+    def __init__(
+        self,
+        x,
+        dt,
+        A,
+        B,
+        C,
+        D,
+        z,
+        dt_bias,
+        initial_states,
+        seq_idx,
+        cu_seqlens,
+        dt_softplus,
+        dt_min,
+        dt_max,
+        chunk_size,
+    ):
+        sequences = check_scan(
+            "ssd_scan", x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, cu_seqlens, dt_min, dt_max, chunk_size
+        )
+        H, P = x.shape[2:]
+        G, N = B.shape[2:]
+        self.final_shape = sequences, H, P, N
+        if x.numel() == 0:
+            return
+        x, B, C, z, seq_idx, cu_seqlens = dense_inputs(x, B, C, z, seq_idx, cu_seqlens)
+        tile = scan_tile(x.dtype, P, N)
+        self.chunks = chunks = divide(x, None if cu_seqlens is None else sequences, tile)
+        exact = x.dtype == torch.float32
+        self.decays = Decays(dt, chunks, exact, *step_options(dt_softplus, dt_min, dt_max))
+        self.enter = EnterChunks(x, B, None, seq_idx, chunks, tile, backward=False)
+        self.scan = Launch(
+            ssd_scan_kernel, (chunks.count, H, cdiv(P, tile.headdim)), H, chunks.T, chunks.length,
+            *token_strides(x, B, C, z), *pair_strides(D), *pair_strides(seq_idx), P, N, H // G, tile.time, tile.headdim,
+            tile.state, precision_of(x.dtype), num_warps=tile.warps, num_stages=STAGES,
+        )  # fmt: skip
+
+    def __call__(self, x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, cu_seqlens) -> tuple[Tensor, Tensor]:
+        y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        final = torch.empty(self.final_shape, dtype=torch.float32, device=x.device)
+        initial = None if initial_states is None else initial_states.contiguous()
+        if x.numel() == 0:
+            return y.zero_(), final.zero_() if initial is None else final.copy_(initial)
+        x, B, C, z, seq_idx, cu_seqlens = dense_inputs(x, B, C, z, seq_idx, cu_seqlens)
+        table = chunk_table(self.chunks, cu_seqlens)
+        decays = self.decays(dt, A.contiguous(), None if dt_bias is None else dt_bias.contiguous(), table)
+        enter = self.enter(x, B, None, decays, seq_idx, table, initial, final)
+        self.scan(x, B, C, D, z, *decays, seq_idx, enter, y, final if self.chunks.whole else None, *table)
+        return y, final
+
+
 def ssd_scan(
     x: Tensor,
     dt: Tensor,
@@ -160,35 +217,10 @@ def ssd_scan(
     chunk_size: int = 64,
 ) -> tuple[Tensor, Tensor]:
     """``bitkernels::ssd_scan``. ``chunk_size`` is a hint this implementation does not take."""
-    sequences = check_scan(
-        "ssd_scan", x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, cu_seqlens, dt_min, dt_max, chunk_size
-    )
-    H, P = x.shape[2:]
-    G, N = B.shape[2:]
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    final = torch.empty(sequences, H, P, N, dtype=torch.float32, device=x.device)
-    initial = None if initial_states is None else initial_states.contiguous()
-    if x.numel() == 0:
-        return y.zero_(), final.zero_() if initial is None else final.copy_(initial)
-
-    if cu_seqlens is not None:
-        cu_seqlens, seq_idx = cu_seqlens.contiguous(), segments_within(seq_idx, cu_seqlens)
-    x, B, C, z = dense(x), dense(B), dense(C), None if z is None else dense(z)
-    tile = scan_tile(x.dtype, P, N)
-    chunks = divide(x, cu_seqlens, tile)
-    A, dt_bias = A.contiguous(), None if dt_bias is None else dt_bias.contiguous()
-    decays = prepare(
-        dt, A, dt_bias, seq_idx, chunks, x.dtype == torch.float32, *step_options(dt_softplus, dt_min, dt_max)
-    )
-    enter = enter_chunks(x, B, None, decays, chunks, tile, initial, final)
-    D_strides = (0, 0) if D is None else (D.stride(0), D.stride(1) if D.dim() == 2 else 0)
-    ssd_scan_kernel[(chunks.count, H, cdiv(P, tile.headdim))](
-        x, B, C, D, z, *decays.pointers, enter, y, final if chunks.whole else None, H, *chunks.args,
-        *token_strides(x), *token_strides(B), *token_strides(C), *token_strides(z), *D_strides, *decays.strides,
-        P=P, N=N, HEADS_PER_GROUP=H // G, BLOCK_T=tile.time, BLOCK_P=tile.headdim, BLOCK_N=tile.state,
-        PRECISION=precision_of(x.dtype), num_warps=tile.warps, num_stages=STAGES,
-    )  # fmt: skip
-    return y, final
+    tensors = x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, cu_seqlens
+    options = dt_softplus, dt_min, dt_max, chunk_size
+    plan = planned(("ssd_scan", options, *map(layout, tensors)), lambda: ScanPlan(*tensors, *options))
+    return plan(*tensors)
 
 
 def register(dispatch_key: str = "CUDA") -> None:

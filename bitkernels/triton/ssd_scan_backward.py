@@ -18,24 +18,27 @@ from torch import Tensor
 
 from bitkernels.triton.arguments import cdiv
 from bitkernels.triton.elementwise import silu, silu_gradient, step_options, step_size
+from bitkernels.triton.launch import Launch, layout, planned
 from bitkernels.triton.mixer_arguments import check_floating, check_like, check_scan
-from bitkernels.triton.ssd_group_gradients import group_gradients
+from bitkernels.triton.ssd_group_gradients import plan_group_gradients
 from bitkernels.triton.ssd_states import (
+    Decays,
     block_span,
+    chunk_table,
     columns,
     dense,
+    dense_inputs,
     divide,
     load_decays,
     load_segments,
     load_tile,
     pair_decay,
+    pair_strides,
     precision_of,
-    prepare,
     scan_tile,
-    segments_within,
     token_strides,
 )
-from bitkernels.triton.ssd_walk import enter_chunks, walk_states
+from bitkernels.triton.ssd_walk import EnterChunks, plan_walk
 
 # Programs worth having before one takes several heads.
 MIN_PROGRAMS = 528
@@ -89,14 +92,14 @@ def ssd_scan_backward_kernel(
     p_ddt,  # [B, T, H] contiguous
     p_dCB,  # [blocks of the part, G, splits, BLOCK_T, BLOCK_T] float32, of (C B^T)^T
     p_heads,  # [blocks, H, HEAD_SUMS] float32: parts of the gradients of A, dt_bias and D
+    p_cu_seqlens,
+    p_sequence,
+    p_first,
     first_block,
     splits,  # programs the heads of a group are spread over
     H,
     T,
     chunk_length,
-    p_cu_seqlens,
-    p_sequence,
-    p_first,
     stride_dy_b,
     stride_dy_t,
     stride_dy_h,
@@ -254,6 +257,115 @@ def ssd_scan_backward_kernel(
     tl.store(p_dCB + i_sum * BLOCK_T * BLOCK_T + o_pair, dCB)
 
 
+class BackwardPlan:
+    """Checks arguments and plans the launches for them; call: the gradients."""
+
+    def __init__(
+        self, dy, dfinal_states, x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, cu_seqlens, dt_softplus,
+        dt_min, dt_max, chunk_size,
+    ):  # fmt: skip
+        op = "ssd_scan_backward"
+        sequences = check_scan(
+            op, x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, cu_seqlens, dt_min, dt_max, chunk_size
+        )
+        check_like(op, "dy", dy, x, tuple(x.shape))
+        H, P = x.shape[2:]
+        G, N = B.shape[2:]
+        check_floating(op, "dfinal_states", dfinal_states, x, (sequences, H, P, N))
+        if x.numel() == 0:
+            return
+        x, B, C, z, seq_idx, cu_seqlens = dense_inputs(x, B, C, z, seq_idx, cu_seqlens)
+        dy = dense(dy)
+        tile = scan_tile(x.dtype, P, N)
+        self.chunks = chunks = divide(x, None if cu_seqlens is None else sequences, tile)
+        limits, flags = step_options(dt_softplus, dt_min, dt_max)
+        self.decays = Decays(dt, chunks, x.dtype == torch.float32, limits, flags)
+        self.enter = EnterChunks(x, B, None, seq_idx, chunks, tile, backward=False)
+        self.leave = EnterChunks(dy, C, z, seq_idx, chunks, tile, backward=True)
+
+        length = max(1, STATE_BYTES // (2 * chunks.per_chunk * H * P * N * x.element_size()))
+        self.length = cdiv(chunks.count, cdiv(chunks.count, length))
+        blocks = self.length * chunks.per_chunk
+        splits, out_splits = head_splits(blocks * G, H // G), head_splits(2 * blocks * G, H // G)
+        self.state_shape, self.pair_shape = (blocks, H, P, N), (blocks, G, splits, tile.time, tile.time)
+        self.out_splits = out_splits
+        self.head_sums = 2 if D is None else 3 if D.dim() == 1 else 2 + P
+        self.walk, self.walk_back, self.gradients, self.groups = {}, {}, {}, {}
+        for part in self.parts():
+            count = len(part)
+            self.walk[count] = plan_walk(x, B, None, seq_idx, chunks, tile, count, False)
+            self.walk_back[count] = plan_walk(dy, C, z, seq_idx, chunks, tile, count, True)
+            self.gradients[count] = Launch(
+                ssd_scan_backward_kernel, (count * chunks.per_chunk, splits, G), splits, H, chunks.T, chunks.length,
+                *token_strides(dy, x, B, C, z), *pair_strides(D), *dt.stride(), *pair_strides(seq_idx), *limits,
+                P, N, H // G, self.head_sums, cdiv(P, tile.headdim), tile.time, tile.headdim, tile.state,
+                *flags.values(), precision_of(x.dtype), num_warps=tile.warps, num_stages=STAGES,
+            )  # fmt: skip
+            self.groups[count] = plan_group_gradients(
+                dy, x, B, C, z, seq_idx, chunks, tile, count * chunks.per_chunk, out_splits, splits
+            )
+
+    def parts(self) -> list[range]:
+        """Chunks whose h and dh are held at once."""
+        count = self.chunks.count
+        return [range(i, min(i + self.length, count)) for i in range(0, count, self.length)]
+
+    def __call__(
+        self, dy, dfinal_states, x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, cu_seqlens
+    ) -> tuple[Tensor, ...]:
+        def fresh(shape, dtype=torch.float32):
+            return torch.empty(shape, dtype=dtype, device=x.device)
+
+        initial = None if initial_states is None else initial_states.contiguous()
+        dfinal = None if dfinal_states is None else dfinal_states.contiguous()
+        dinitial = None if initial is None else fresh(initial.shape)
+        x, B, C, z, seq_idx, cu_seqlens = dense_inputs(x, B, C, z, seq_idx, cu_seqlens)
+        dy = dense(dy)
+        A, dt_bias = A.contiguous(), None if dt_bias is None else dt_bias.contiguous()
+        table = chunk_table(self.chunks, cu_seqlens)
+        decays = self.decays(dt, A, dt_bias, table)
+        enter = self.enter(x, B, None, decays, seq_idx, table, initial, None)
+        leave = self.leave(dy, C, z, decays, seq_idx, table, dfinal, dinitial)
+
+        dx, ddt = fresh(x.shape, x.dtype), fresh(dt.shape, dt.dtype)
+        dz = None if z is None else fresh(z.shape, x.dtype)
+        h, dh = fresh(self.state_shape, x.dtype), fresh(self.state_shape, x.dtype)
+        dCB = fresh(self.pair_shape)
+        dBC = fresh((2, self.out_splits, *B.shape), B.dtype if self.out_splits == 1 else torch.float32)
+        # Zeros, as blocks past the end of their chunk add nothing.
+        sums = torch.zeros(self.chunks.blocks, dt.shape[2], self.head_sums, dtype=torch.float32, device=x.device)
+        last = dinitial if self.chunks.whole else None
+        for part in self.parts():
+            count, first, first_block = len(part), part.start, part.start * self.chunks.per_chunk
+            self.walk[count](x, B, None, *decays, seq_idx, enter, h, None, None, *table, first)
+            self.walk_back[count](dy, C, z, *decays, seq_idx, leave, dh, last, None, *table, first)
+            self.gradients[count](
+                dy, x, B, C, D, z, dt, A, dt_bias, *decays, seq_idx, h, dh, dx, dz, ddt, dCB, sums, *table, first_block
+            )
+            self.groups[count](dy, x, B, C, z, *decays, seq_idx, h, dh, dCB, dBC, *table, first_block)
+        dB, dC = dBC[:, 0] if self.out_splits == 1 else dBC.sum(1).to(B.dtype)
+        sums = sums.sum(0)
+        dD = None if D is None else sums[:, 2] if D.dim() == 1 else sums[:, 2:]
+        ddt_bias = None if dt_bias is None else sums[:, 1]
+        given = dx, ddt, sums[:, 0], dB, dC, dD, dz, ddt_bias, dinitial
+        return tuple(fresh(0) if t is None else t for t in given)
+
+
+def no_tokens(dfinal_states, x, dt, A, B, C, D, z, dt_bias, initial_states) -> tuple[Tensor, ...]:
+    """The gradients where there is nothing to scan."""
+
+    def zeros(t, dtype=torch.float32):
+        return torch.zeros(0 if t is None else t.shape, dtype=dtype, device=x.device)
+
+    dinitial = zeros(initial_states)
+    if initial_states is not None and dfinal_states is not None:
+        dinitial.copy_(dfinal_states)
+    return (
+        zeros(x, x.dtype), zeros(dt, dt.dtype), zeros(A), zeros(B, B.dtype), zeros(C, C.dtype), zeros(D),
+        zeros(z, torch.float32 if z is None else z.dtype), zeros(dt_bias), dinitial,
+    )  # fmt: skip
+
+
 def ssd_scan_backward(
     dy: Tensor,
     dfinal_states: Tensor | None,
@@ -274,79 +386,7 @@ def ssd_scan_backward(
     chunk_size: int = 64,
 ) -> tuple[Tensor, ...]:
     """``bitkernels::ssd_scan_backward``: recomputes the states instead of storing them in the forward."""
-    op = "ssd_scan_backward"
-    sequences = check_scan(
-        op, x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, cu_seqlens, dt_min, dt_max, chunk_size
-    )
-    check_like(op, "dy", dy, x, tuple(x.shape))
-    H, P = x.shape[2:]
-    G, N = B.shape[2:]
-    check_floating(op, "dfinal_states", dfinal_states, x, (sequences, H, P, N))
-    fresh = {"device": x.device}
-
-    def absent():
-        return torch.empty(0, dtype=torch.float32, **fresh)
-
-    initial = None if initial_states is None else initial_states.contiguous()
-    dfinal = None if dfinal_states is None else dfinal_states.contiguous()
-    dinitial = absent() if initial is None else torch.empty(initial.shape, dtype=torch.float32, **fresh)
-    if x.numel() == 0:
-        if initial is not None:
-            dinitial.zero_() if dfinal is None else dinitial.copy_(dfinal)
-
-        def zeros(t, dtype):
-            return absent() if t is None else torch.zeros(t.shape, dtype=dtype, **fresh)
-
-        acc = torch.float32
-        return (
-            zeros(x, x.dtype), zeros(dt, dt.dtype), zeros(A, acc), zeros(B, B.dtype), zeros(C, C.dtype),
-            zeros(D, acc), zeros(z, x.dtype), zeros(dt_bias, acc), dinitial,
-        )  # fmt: skip
-
-    if cu_seqlens is not None:
-        cu_seqlens, seq_idx = cu_seqlens.contiguous(), segments_within(seq_idx, cu_seqlens)
-    dy, x, B, C, z = dense(dy), dense(x), dense(B), dense(C), None if z is None else dense(z)
-    tile = scan_tile(x.dtype, P, N)
-    chunks = divide(x, cu_seqlens, tile)
-    A, dt_bias = A.contiguous(), None if dt_bias is None else dt_bias.contiguous()
-    limits, flags = step_options(dt_softplus, dt_min, dt_max)
-    decays = prepare(dt, A, dt_bias, seq_idx, chunks, x.dtype == torch.float32, limits, flags)
-    wanted = None if initial is None else dinitial
-    enter = enter_chunks(x, B, None, decays, chunks, tile, initial, None)
-    leave = enter_chunks(dy, C, z, decays, chunks, tile, dfinal, wanted, backward=True)
-
-    dx = torch.empty(x.shape, dtype=x.dtype, **fresh)
-    dz = absent() if z is None else torch.empty(z.shape, dtype=x.dtype, **fresh)
-    ddt = torch.empty(dt.shape, dtype=dt.dtype, **fresh)
-    head_sums = 2 if D is None else 3 if D.dim() == 1 else 2 + P
-    # Zeros, as blocks past the end of their chunk add nothing.
-    sums = torch.zeros(chunks.blocks, H, head_sums, dtype=torch.float32, **fresh)
-    D_strides = (0, 0) if D is None else (D.stride(0), D.stride(1) if D.dim() == 2 else 0)
-    per_chunk = chunks.blocks // chunks.count
-    length = max(1, STATE_BYTES // (2 * per_chunk * H * P * N * x.element_size()))
-    length = cdiv(chunks.count, cdiv(chunks.count, length))
-    n_blocks = length * per_chunk
-    h = torch.empty(n_blocks, H, P, N, dtype=x.dtype, **fresh)
-    dh = torch.empty_like(h)
-    splits, out_splits = head_splits(n_blocks * G, H // G), head_splits(2 * n_blocks * G, H // G)
-    dCB = torch.empty(n_blocks, G, splits, tile.time, tile.time, dtype=torch.float32, **fresh)
-    dBC = torch.empty(2, out_splits, *B.shape, dtype=B.dtype if out_splits == 1 else torch.float32, **fresh)
-    for begin in range(0, chunks.count, length):
-        part = range(begin, min(begin + length, chunks.count))
-        blocks = range(part.start * per_chunk, part.stop * per_chunk)
-        walk_states(x, B, None, decays, chunks, tile, enter, h, None, None, False, part)
-        last = wanted if chunks.whole else None
-        walk_states(dy, C, z, decays, chunks, tile, leave, dh, last, None, True, part)
-        ssd_scan_backward_kernel[(len(blocks), splits, G)](
-            dy, x, B, C, D, z, dt, A, dt_bias, *decays.pointers, h, dh,
-            dx, None if z is None else dz, ddt, dCB, sums, blocks.start, splits, H, *chunks.args,
-            *token_strides(dy), *token_strides(x), *token_strides(B), *token_strides(C), *token_strides(z), *D_strides,
-            *dt.stride(), *decays.strides, *limits, P=P, N=N, HEADS_PER_GROUP=H // G,
-            HEAD_SUMS=head_sums, TILES=cdiv(P, tile.headdim), BLOCK_T=tile.time, BLOCK_P=tile.headdim,
-            BLOCK_N=tile.state, **flags, PRECISION=precision_of(x.dtype), num_warps=tile.warps, num_stages=STAGES,
-        )  # fmt: skip
-        group_gradients(dy, x, B, C, z, decays, h, dh, dCB, dBC, chunks, tile, blocks)
-    dB, dC = dBC[:, 0] if out_splits == 1 else dBC.sum(1).to(B.dtype)
-    sums = sums.sum(0)
-    dD = absent() if D is None else sums[:, 2] if D.dim() == 1 else sums[:, 2:]
-    return dx, ddt, sums[:, 0], dB, dC, dD, dz, absent() if dt_bias is None else sums[:, 1], dinitial
+    tensors = dy, dfinal_states, x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, cu_seqlens
+    options = dt_softplus, dt_min, dt_max, chunk_size
+    plan = planned(("ssd_scan_backward", options, *map(layout, tensors)), lambda: BackwardPlan(*tensors, *options))
+    return plan(*tensors) if x.numel() > 0 else no_tokens(*tensors[1:11])

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from bitkernels.triton.arguments import MAX_SIZE, cdiv, next_power_of_2
 from bitkernels.triton.elementwise import step_size
+from bitkernels.triton.launch import Launch
 
 # Programs worth having before chunks grow beyond a block: two rounds of two for each multiprocessor of a large GPU.
 MIN_PROGRAMS = 528
@@ -56,43 +57,49 @@ class Chunks:
     block: int
     count: int  # with cu_seqlens an upper bound, so that nothing waits for the device
     sequences: int
-    cu_seqlens: Tensor | None = None
-    sequence: Tensor | None = None  # int64 [count], the sequence of each chunk
-    first: Tensor | None = None  # int64 [sequences + 1], the first chunk of each sequence
+    packed: bool  # into one batch row, by cu_seqlens
 
     @property
     def blocks(self) -> int:
         """Blocks in all chunks, those past the end of their chunk among them."""
-        return self.count * (self.length // self.block)
+        return self.count * self.per_chunk
+
+    @property
+    def per_chunk(self) -> int:
+        return self.length // self.block
 
     @property
     def whole(self) -> bool:
         """Every chunk is a whole sequence: nothing has to be passed between chunks."""
-        return self.cu_seqlens is None and self.count == self.sequences
-
-    @property
-    def args(self) -> tuple:
-        """The arguments of ``chunk_span`` in their order."""
-        return self.T, self.length, self.cu_seqlens, self.sequence, self.first
+        return not self.packed and self.count == self.sequences
 
 
-def divide(x: Tensor, cu_seqlens: Tensor | None, tile: Tile) -> Chunks:
+def divide(x: Tensor, packed: int | None, tile: Tile) -> Chunks:
+    """``packed``: how many sequences lie in one batch row, None if every row is one."""
     batch, T, H, P = x.shape
     columns = H * cdiv(P, tile.headdim)
     blocks = max(1, batch * T * columns // (MIN_PROGRAMS * tile.time))
     # Powers of two keep the number of chunks from jumping with every token.
     length = tile.time * 2 ** (blocks.bit_length() - 1)
+    if packed is not None:
+        return Chunks(T, length, tile.time, cdiv(T, length) + packed, packed, True)
+    length = min(length, tile.time * cdiv(T, tile.time))
+    return Chunks(T, length, tile.time, batch * cdiv(T, length), batch, False)
+
+
+def chunk_table(chunks: Chunks, cu_seqlens: Tensor | None) -> tuple[Tensor | None, ...]:
+    """What ``chunk_span`` reads: cu_seqlens, int64 [count] the sequence of each chunk, and int64 [sequences + 1] the
+    first chunk of each sequence.
+    """
     if cu_seqlens is None:
-        length = min(length, tile.time * cdiv(T, tile.time))
-        return Chunks(T, length, tile.time, batch * cdiv(T, length), batch)
-    sequences = cu_seqlens.shape[0] - 1
-    count = cdiv(T, length) + sequences
-    first = torch.zeros(sequences + 1, dtype=torch.int64, device=x.device)
-    torch.cumsum((cu_seqlens.diff().clamp_(min=0) + (length - 1)) // length, 0, out=first[1:])
-    first.clamp_(max=count)  # like the bounds in chunk_span: no cu_seqlens leads outside of x
+        return None, None, None
+    first = torch.zeros(chunks.sequences + 1, dtype=torch.int64, device=cu_seqlens.device)
+    torch.cumsum((cu_seqlens.diff().clamp_(min=0) + (chunks.length - 1)) // chunks.length, 0, out=first[1:])
+    first.clamp_(max=chunks.count)  # like the bounds in chunk_span: no cu_seqlens leads outside of x
     # Chunks past the last sequence fall into it and find themselves empty.
-    sequence = torch.searchsorted(first[1:], torch.arange(count, device=x.device), right=True).clamp_(max=sequences - 1)
-    return Chunks(T, length, tile.time, count, sequences, cu_seqlens, sequence, first)
+    numbers = torch.arange(chunks.count, device=cu_seqlens.device)
+    sequence = torch.searchsorted(first[1:], numbers, right=True).clamp_(max=chunks.sequences - 1)
+    return cu_seqlens, sequence, first
 
 
 def segments_within(seq_idx: Tensor | None, cu_seqlens: Tensor) -> Tensor | None:
@@ -109,8 +116,21 @@ def dense(t: Tensor) -> Tensor:
     return t if t.stride(3) == 1 and t.stride(1) < MAX_SIZE else t.contiguous()
 
 
-def token_strides(t: Tensor | None) -> tuple:
-    return (0, 0, 0) if t is None else t.stride()[:3]
+def dense_inputs(x, B, C, z, seq_idx, cu_seqlens) -> tuple:
+    """As the kernels read them."""
+    if cu_seqlens is not None:
+        cu_seqlens, seq_idx = cu_seqlens.contiguous(), segments_within(seq_idx, cu_seqlens)
+    return dense(x), dense(B), dense(C), None if z is None else dense(z), seq_idx, cu_seqlens
+
+
+def token_strides(*tensors: Tensor | None) -> tuple:
+    """Of batch, token and head, one tensor after the other."""
+    return tuple(stride for t in tensors for stride in ((0, 0, 0) if t is None else t.stride()[:3]))
+
+
+def pair_strides(t: Tensor | None) -> tuple:
+    """Of D or seq_idx, whose second axis may be missing."""
+    return (0, 0) if t is None else (*t.stride(), 0)[:2]
 
 
 @triton.jit
@@ -195,12 +215,12 @@ def steps_kernel(
     p_step,  # [blocks, H, BLOCK_T] float32 receives the step sizes, zero past the end
     p_total,  # [blocks, H, BLOCK_T] float32 receives the log2 decays since the block began
     p_low,  # [blocks, H, BLOCK_T] float32 receives what float32 loses of them, or None
-    H,
-    T,
-    chunk_length,
     p_cu_seqlens,
     p_sequence,
     p_first,
+    H,
+    T,
+    chunk_length,
     stride_dt_b,
     stride_dt_t,
     stride_dt_h,
@@ -235,48 +255,27 @@ def steps_kernel(
         tl.store(p_low + o_out, (exact - total.to(tl.float64)).to(tl.float32), mask=m_h[None, :])
 
 
-@dataclass(frozen=True)
 class Decays:
-    """What the kernels that move states read of time."""
-
-    step: Tensor  # [blocks, H, BLOCK_T] float32
-    total: Tensor  # [blocks, H, BLOCK_T] float32
-    low: Tensor | None  # [blocks, H, BLOCK_T] float32
-    seq_idx: Tensor | None  # [B, T]
-
-    @property
-    def pointers(self) -> tuple:
-        return self.step, self.total, self.low, self.seq_idx
-
-    @property
-    def strides(self) -> tuple:
-        return (0, 0) if self.seq_idx is None else self.seq_idx.stride()
-
-
-def prepare(
-    dt: Tensor,
-    A: Tensor,
-    dt_bias: Tensor | None,
-    seq_idx: Tensor | None,
-    chunks: Chunks,
-    exact: bool,
-    limits: tuple,
-    flags: dict,
-) -> Decays:
-    """Step sizes and decays; A and dt_bias contiguous, limits and flags as of ``step_options``.
+    """Plans the step sizes of a call and the decays they give; call: [step, total, low] as of ``steps_kernel``.
 
     A step of 10 with A = -16 adds -160 to a running sum; the differences of such sums that decay little are then good
     to about 1e-5 only. ``exact`` keeps them as pairs of float32, which float32 results need and 16-bit ones do not.
     """
-    H = dt.shape[2]
-    step = torch.empty(chunks.blocks, H, chunks.block, dtype=torch.float32, device=dt.device)
-    total = torch.empty_like(step)
-    low = torch.empty_like(step) if exact else None
-    steps_kernel[(chunks.blocks, cdiv(H, STEPS_BLOCK_H))](
-        dt, A, dt_bias, step, total, low, H, *chunks.args, *dt.stride(), *limits,
-        BLOCK_T=chunks.block, BLOCK_H=STEPS_BLOCK_H, **flags, num_warps=4,
-    )  # fmt: skip
-    return Decays(step, total, low, seq_idx)
+
+    def __init__(self, dt: Tensor, chunks: Chunks, exact: bool, limits: tuple, flags: dict):
+        H = dt.shape[2]
+        self.shape, self.exact = (chunks.blocks, H, chunks.block), exact
+        self.launch = Launch(
+            steps_kernel, (chunks.blocks, cdiv(H, STEPS_BLOCK_H), 1), H, chunks.T, chunks.length, *dt.stride(),
+            *limits, chunks.block, STEPS_BLOCK_H, *flags.values(), num_warps=4,
+        )  # fmt: skip
+
+    def __call__(self, dt: Tensor, A: Tensor, dt_bias: Tensor | None, table: tuple) -> tuple[Tensor | None, ...]:
+        step = torch.empty(self.shape, dtype=torch.float32, device=dt.device)
+        total = torch.empty_like(step)
+        low = torch.empty_like(step) if self.exact else None
+        self.launch(dt, A, dt_bias, step, total, low, *table)
+        return step, total, low
 
 
 def precision_of(dtype: torch.dtype) -> str:

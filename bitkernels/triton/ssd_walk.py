@@ -1,8 +1,8 @@
 """The state before every chunk or block of the SSD scan, and backwards in time its gradient.
 
-The state before a chunk takes three launches: every chunk walks from zero (``walk_states``), the results are passed
-along each sequence (``pass_states_kernel``), and the walk that produces output starts from what was passed. Gradients
-do the same backwards in time with ``dy`` and ``C`` in place of ``x`` and ``B``.
+The state before a chunk takes three launches: every chunk walks from zero (``walk_states_kernel``), the results are
+passed along each sequence (``pass_states_kernel``), and the walk that produces output starts from what was passed.
+Gradients do the same backwards in time with ``dy`` and ``C`` in place of ``x`` and ``B``.
 """
 
 import torch
@@ -12,15 +12,16 @@ from torch import Tensor
 
 from bitkernels.triton.arguments import cdiv
 from bitkernels.triton.elementwise import silu
+from bitkernels.triton.launch import Launch
 from bitkernels.triton.ssd_states import (
     Chunks,
-    Decays,
     Tile,
     chunk_span,
     columns,
     load_decays,
     load_segments,
     load_tile,
+    pair_strides,
     precision_of,
     token_strides,
 )
@@ -87,13 +88,13 @@ def walk_states_kernel(
     p_blocks,  # [blocks, H, P, N] receives the state on entering each block from first_chunk on, or None
     p_leave,  # [chunks, H, P, N] receives the state after the chunk, or None
     p_decay,  # [chunks, H] receives what is left of the entering state, or None
+    p_cu_seqlens,
+    p_sequence,
+    p_first,
     first_chunk,
     H,
     T,
     chunk_length,
-    p_cu_seqlens,
-    p_sequence,
-    p_first,
     stride_u_b,
     stride_u_t,
     stride_u_h,
@@ -177,13 +178,13 @@ def pass_states_kernel(
     p_decay,  # [chunks, H] float32
     p_initial,  # [sequences, H, SIZE] or None
     p_final,  # [sequences, H, SIZE] or None
+    p_cu_seqlens,
+    p_sequence,
+    p_first,
     H,
     SIZE,
     T,
     chunk_length,
-    p_cu_seqlens,
-    p_sequence,
-    p_first,
     BLOCK: tl.constexpr,
     BACKWARD: tl.constexpr,
 ):
@@ -210,56 +211,52 @@ def pass_states_kernel(
         tl.store(p_final + (i_seq * H + i_h) * SIZE + o_e, state.to(p_final.dtype.element_ty), mask=m_e)
 
 
-def walk_states(
+def plan_walk(
     u: Tensor,
     v: Tensor,
     z: Tensor | None,
-    decays: Decays,
+    seq_idx: Tensor | None,
     chunks: Chunks,
     tile: Tile,
-    enter: Tensor | None,
-    blocks: Tensor | None,
-    leave: Tensor | None,
-    decay: Tensor | None,
+    count: int,
     backward: bool,
-    part: range,
-) -> None:
-    """Walks the chunks in ``part``, with ``walk_states_kernel``."""
+) -> Launch:
+    """Plans a walk through ``count`` chunks; call: the pointers of ``walk_states_kernel``, and the first chunk."""
     H, P = u.shape[2:]
     G, N = v.shape[2:]
     fits = z is None and tile.headdim >= P and tile.state <= 128
     heads = WALK_HEADS if fits and (H // G) % WALK_HEADS == 0 else 1
-    walk_states_kernel[(len(part), H // heads, cdiv(P, tile.headdim))](
-        u, v, z, *decays.pointers, enter, blocks, leave, decay, part.start, H, *chunks.args,
-        *token_strides(u), *token_strides(v), *token_strides(z), *decays.strides,
-        P=P, N=N, HEADS=heads, HEADS_PER_GROUP=H // G, BLOCK_T=tile.time, BLOCK_P=tile.headdim, BLOCK_N=tile.state,
-        BACKWARD=backward, PRECISION=precision_of(u.dtype), num_warps=tile.warps, num_stages=WALK_STAGES,
+    return Launch(
+        walk_states_kernel, (count, H // heads, cdiv(P, tile.headdim)), H, chunks.T, chunks.length,
+        *token_strides(u, v, z), *pair_strides(seq_idx), P, N, heads, H // G, tile.time, tile.headdim, tile.state,
+        backward, precision_of(u.dtype), num_warps=tile.warps, num_stages=WALK_STAGES,
     )  # fmt: skip
 
 
-def enter_chunks(
-    u: Tensor,
-    v: Tensor,
-    z: Tensor | None,
-    decays: Decays,
-    chunks: Chunks,
-    tile: Tile,
-    initial: Tensor | None,
-    final: Tensor | None,
-    backward: bool = False,
-) -> Tensor | None:
-    """The state [chunks, H, P, N] that each chunk starts from, None for zero; fills ``final`` unless chunks are whole.
+class EnterChunks:
+    """Plans the states [chunks, H, P, N] that chunks start from.
 
-    Backwards in time, ``initial`` is the gradient of the final states and ``final`` that of the initial ones.
+    Call: those states, None for zero; fills ``final`` unless chunks are whole. Backwards in time, ``initial`` is the
+    gradient of the final states and ``final`` that of the initial ones.
     """
-    if chunks.whole:
-        return initial
-    H, P = u.shape[2:]
-    N = v.shape[3]
-    states = torch.empty(chunks.count, H, P, N, dtype=torch.float32, device=u.device)
-    decay = torch.empty(chunks.count, H, dtype=torch.float32, device=u.device)
-    walk_states(u, v, z, decays, chunks, tile, None, None, states, decay, backward, range(chunks.count))
-    pass_states_kernel[(chunks.sequences, H, cdiv(P * N, PASS_BLOCK))](
-        states, decay, initial, final, H, P * N, *chunks.args, BLOCK=PASS_BLOCK, BACKWARD=backward, num_warps=4
-    )
-    return states
+
+    def __init__(
+        self, u: Tensor, v: Tensor, z: Tensor | None, seq_idx: Tensor | None, chunks: Chunks, tile: Tile, backward: bool
+    ):
+        self.whole = chunks.whole
+        H, P, N = *u.shape[2:], v.shape[3]
+        self.shape = chunks.count, H, P, N
+        self.walk = plan_walk(u, v, z, seq_idx, chunks, tile, chunks.count, backward)
+        self.pass_on = Launch(
+            pass_states_kernel, (chunks.sequences, H, cdiv(P * N, PASS_BLOCK)), H, P * N, chunks.T, chunks.length,
+            PASS_BLOCK, backward, num_warps=4,
+        )  # fmt: skip
+
+    def __call__(self, u, v, z, decays: tuple, seq_idx, table: tuple, initial, final) -> Tensor | None:
+        if self.whole:
+            return initial
+        states = torch.empty(self.shape, dtype=torch.float32, device=u.device)
+        decay = torch.empty(self.shape[:2], dtype=torch.float32, device=u.device)
+        self.walk(u, v, z, *decays, seq_idx, None, None, states, decay, *table, 0)
+        self.pass_on(states, decay, initial, final, *table)
+        return states
