@@ -78,7 +78,7 @@ def no_plans():
 
 @pytest.fixture(params=[1024, 1], ids=["chunks of one block", "whole sequences"])
 def chunking(request, monkeypatch):
-    monkeypatch.setattr(ssd_states, "MIN_PROGRAMS", request.param)
+    monkeypatch.setattr(ssd_states, "SLOTS", request.param)
 
 
 @pytest.mark.usefixtures("chunking")
@@ -118,7 +118,7 @@ def test_scan_sizes(case):
 
 
 def test_scan_two_blocks_a_chunk(monkeypatch):
-    monkeypatch.setattr(ssd_states, "MIN_PROGRAMS", 3)
+    monkeypatch.setattr(ssd_states, "chunks_of", lambda programs, blocks: 2)
     check_scan(ALL, B=1, H=2, G=1)
 
 

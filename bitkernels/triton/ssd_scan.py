@@ -175,7 +175,7 @@ class ScanPlan:
             return
         x, B, C, z, seq_idx, cu_seqlens = dense_inputs(x, B, C, z, seq_idx, cu_seqlens)
         tile = scan_tile(x.dtype, P, N)
-        self.chunks = chunks = divide(x, None if cu_seqlens is None else sequences, tile)
+        self.chunks = chunks = divide(x, None if cu_seqlens is None else sequences, tile, heads=1)
         exact = x.dtype == torch.float32
         self.decays = Decays(dt, chunks, exact, *step_options(dt_softplus, dt_min, dt_max))
         self.enter = EnterChunks(x, B, None, seq_idx, chunks, tile, backward=False)

@@ -38,7 +38,7 @@ from bitkernels.triton.ssd_states import (
     scan_tile,
     token_strides,
 )
-from bitkernels.triton.ssd_walk import EnterChunks, plan_walk
+from bitkernels.triton.ssd_walk import EnterChunks, plan_walk, walk_heads
 
 # Programs worth having before one takes several heads.
 MIN_PROGRAMS = 528
@@ -277,7 +277,8 @@ class BackwardPlan:
         x, B, C, z, seq_idx, cu_seqlens = dense_inputs(x, B, C, z, seq_idx, cu_seqlens)
         dy = dense(dy)
         tile = scan_tile(x.dtype, P, N)
-        self.chunks = chunks = divide(x, None if cu_seqlens is None else sequences, tile)
+        heads = walk_heads(H // G, P, tile, z is not None)
+        self.chunks = chunks = divide(x, None if cu_seqlens is None else sequences, tile, heads)
         limits, flags = step_options(dt_softplus, dt_min, dt_max)
         self.decays = Decays(dt, chunks, x.dtype == torch.float32, limits, flags)
         self.enter = EnterChunks(x, B, None, seq_idx, chunks, tile, backward=False)

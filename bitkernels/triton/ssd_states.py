@@ -19,8 +19,9 @@ from bitkernels.triton.arguments import MAX_SIZE, cdiv, next_power_of_2
 from bitkernels.triton.elementwise import step_size
 from bitkernels.triton.launch import Launch
 
-# Programs worth having before chunks grow beyond a block: two rounds of two for each multiprocessor of a large GPU.
-MIN_PROGRAMS = 528
+# Programs that run at once: registers hold two for each multiprocessor, of a large GPU here.
+SLOTS = 264
+MAX_CHUNKS = 16
 STEPS_BLOCK_H = 16
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -74,16 +75,25 @@ class Chunks:
         return not self.packed and self.count == self.sequences
 
 
-def divide(x: Tensor, packed: int | None, tile: Tile) -> Chunks:
-    """``packed``: how many sequences lie in one batch row, None if every row is one."""
+def chunks_of(programs: int, blocks: int) -> int:
+    """Into how many chunks to divide a row of blocks, where each takes a number of programs in every row at once."""
+
+    def time(count: int) -> int:
+        """In blocks: what a program walks in each round. Several chunks are walked twice, and states passed on."""
+        rounds = cdiv(programs * count, SLOTS)
+        return rounds * cdiv(blocks, count) * (1 if count == 1 else 2) + count
+
+    return min(range(1, min(blocks, MAX_CHUNKS) + 1), key=time)
+
+
+def divide(x: Tensor, packed: int | None, tile: Tile, heads: int) -> Chunks:
+    """For programs of ``heads`` heads each. ``packed``: how many sequences one batch row holds, None if it is one."""
     batch, T, H, P = x.shape
-    columns = H * cdiv(P, tile.headdim)
-    blocks = max(1, batch * T * columns // (MIN_PROGRAMS * tile.time))
-    # Powers of two keep the number of chunks from jumping with every token.
-    length = tile.time * 2 ** (blocks.bit_length() - 1)
+    blocks = cdiv(T, tile.time)
+    count = chunks_of(batch * cdiv(H, heads) * cdiv(P, tile.headdim), blocks)
+    length = tile.time * cdiv(blocks, count)
     if packed is not None:
         return Chunks(T, length, tile.time, cdiv(T, length) + packed, packed, True)
-    length = min(length, tile.time * cdiv(T, tile.time))
     return Chunks(T, length, tile.time, batch * cdiv(T, length), batch, False)
 
 

@@ -211,6 +211,12 @@ def pass_states_kernel(
         tl.store(p_final + (i_seq * H + i_h) * SIZE + o_e, state.to(p_final.dtype.element_ty), mask=m_e)
 
 
+def walk_heads(heads_per_group: int, P: int, tile: Tile, gated: bool) -> int:
+    """Heads a program takes: two where their states, and a gate, leave registers."""
+    fits = not gated and tile.headdim >= P and tile.state <= 128
+    return WALK_HEADS if fits and heads_per_group % WALK_HEADS == 0 else 1
+
+
 def plan_walk(
     u: Tensor,
     v: Tensor,
@@ -224,8 +230,7 @@ def plan_walk(
     """Plans a walk through ``count`` chunks; call: the pointers of ``walk_states_kernel``, and the first chunk."""
     H, P = u.shape[2:]
     G, N = v.shape[2:]
-    fits = z is None and tile.headdim >= P and tile.state <= 128
-    heads = WALK_HEADS if fits and (H // G) % WALK_HEADS == 0 else 1
+    heads = walk_heads(H // G, P, tile, z is not None)
     return Launch(
         walk_states_kernel, (count, H // heads, cdiv(P, tile.headdim)), H, chunks.T, chunks.length,
         *token_strides(u, v, z), *pair_strides(seq_idx), P, N, heads, H // G, tile.time, tile.headdim, tile.state,
