@@ -209,16 +209,31 @@ def ssd_step(
     state_indices: Tensor | None = None,  # int [B], the slot of each request, negative: none
 ) -> Tensor:
     """One token of ``ssd_scan``: updates ``state`` and returns y [B, H, P], zero for requests without a slot."""
-    slots = torch.arange(x.shape[0]) if state_indices is None else state_indices.long()
-    held = (slots >= 0).nonzero()[:, 0]
-    y = torch.zeros_like(x)
-    outputs, h = ssd_scan(
-        *(t[held, None] for t in (x, dt)), A, *(t[held, None] for t in (B, C)), D, None if z is None else z[held, None],
-        dt_bias, state[slots[held]].to(x.dtype), None, None, dt_softplus, dt_limit,
+    if state_indices is not None:
+        held = (state_indices >= 0).nonzero()[:, 0]
+        slots = state_indices[held].long()
+        own, y = state[slots], torch.zeros_like(x)
+        y[held] = ssd_step(
+            own,
+            x[held],
+            dt[held],
+            A,
+            B[held],
+            C[held],
+            D,
+            None if z is None else z[held],
+            dt_bias,
+            dt_softplus,
+            dt_limit,
+        )
+        state[slots] = own
+        return y
+    y, h = ssd_scan(
+        x[:, None], dt[:, None], A, B[:, None], C[:, None], D, None if z is None else z[:, None], dt_bias,
+        state.to(x.dtype), None, None, dt_softplus, dt_limit,
     )  # fmt: skip
-    state[slots[held]] = h.to(state.dtype)
-    y[held] = outputs[:, 0]
-    return y
+    state.copy_(h)
+    return y[:, 0]
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: Tensor) -> list[Tensor]:

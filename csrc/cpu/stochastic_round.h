@@ -43,11 +43,11 @@ struct RandomBits {
     for (int i = 0; i < kLanes<float>; ++i) counter[i] = static_cast<uint32_t>(n / 8 + i);
     const Philox draw(counter, VecU{} + static_cast<uint32_t>(row), VecU{} + static_cast<uint32_t>(position),
                       VecU{} + static_cast<uint32_t>(position >> 32), seed);
+    uint32_t words[4][kLanes<float>];
+    __builtin_memcpy(words, draw.word, sizeof(words));
     for (int i = 0; i < kLanes<float>; ++i) {
-      for (int w = 0; w < 4; ++w) {
-        bits[8 * i + 2 * w] = static_cast<uint16_t>(draw.word[w][i]);
-        bits[8 * i + 2 * w + 1] = static_cast<uint16_t>(draw.word[w][i] >> 16);
-      }
+      const uint32_t row_words[4] = {words[0][i], words[1][i], words[2][i], words[3][i]};
+      __builtin_memcpy(bits + 8 * i, row_words, sizeof(row_words));  // the low half of a word first
     }
   }
 };
