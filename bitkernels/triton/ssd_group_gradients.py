@@ -110,8 +110,9 @@ def group_gradients_kernel(
             for i_p in range(0, (P + BLOCK_P - 1) // BLOCK_P):
                 o_p, m_p = columns(i_p, P, BLOCK_P)
                 b_dy = load_tile(p_dy + i_h * stride_dy_h, stride_dy_t, o_i, m_t, o_p, m_p)
-                o_state = (i_part * H + i_h) * P * N + (o_p[:, None] * N + o_n[None, :])
-                b_h = tl.load(p_h + o_state, mask=m_p[:, None] & m_n[None, :], other=0.0)
+                i_state = (i_part * H + i_h) * P * N
+                o_state = o_p[:, None] * N + o_n[None, :]
+                b_h = tl.load(p_h + i_state + o_state, mask=m_p[:, None] & m_n[None, :], other=0.0)
                 u = b_dy.to(tl.float32) * scale[:, None]
                 if p_z is not None:
                     u *= silu(load_tile(p_z + i_h * stride_z_h, stride_z_t, o_i, m_t, o_p, m_p).to(tl.float32))
@@ -129,8 +130,9 @@ def group_gradients_kernel(
             for i_p in range(0, (P + BLOCK_P - 1) // BLOCK_P):
                 o_p, m_p = columns(i_p, P, BLOCK_P)
                 b_x = load_tile(p_x + i_h * stride_x_h, stride_x_t, o_i, m_t, o_p, m_p)
-                o_state = (i_part * H + i_h) * P * N + (o_p[:, None] * N + o_n[None, :])
-                b_dh = tl.load(p_dh + o_state, mask=m_p[:, None] & m_n[None, :], other=0.0)
+                i_state = (i_part * H + i_h) * P * N
+                o_state = o_p[:, None] * N + o_n[None, :]
+                b_dh = tl.load(p_dh + i_state + o_state, mask=m_p[:, None] & m_n[None, :], other=0.0)
                 u = b_x.to(tl.float32) * scale[:, None]
                 gradient = tl.dot(u.to(b_dh.dtype), b_dh, gradient, input_precision=PRECISION)
         b_v = load_tile(p_C + i_b * stride_C_b + first * stride_C_t + i_g * stride_C_g, stride_C_t, o_i, m_t, o_n, m_n)

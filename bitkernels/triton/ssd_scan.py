@@ -83,7 +83,8 @@ def ssd_scan_kernel(
     o_p, m_p = columns(tl.program_id(2), P, BLOCK_P)
     o_n, m_n = columns(0, N, BLOCK_N)
     o_i = tl.arange(0, BLOCK_T)
-    o_state = (i_chunk * H + i_h) * P * N + (o_p[:, None] * N + o_n[None, :])
+    i_state = (i_chunk * H + i_h) * P * N
+    o_state = o_p[:, None] * N + o_n[None, :]
     m_state = m_p[:, None] & m_n[None, :]
     reaches = o_i[:, None] <= o_i[None, :]
 
@@ -100,7 +101,7 @@ def ssd_scan_kernel(
         D = tl.load(p_D + i_h * stride_D_h + o_p * stride_D_p, mask=m_p).to(tl.float32)
 
     if p_enter is not None:
-        state = tl.load(p_enter + o_state, mask=m_state, other=0.0).to(tl.float32)
+        state = tl.load(p_enter + i_state + o_state, mask=m_state, other=0.0).to(tl.float32)
     else:
         state = tl.zeros([BLOCK_P, BLOCK_N], tl.float32)
     for i_block in range(0, tl.cdiv(length, BLOCK_T)):
@@ -141,7 +142,7 @@ def ssd_scan_kernel(
         state = tl.dot(tl.trans(added), b_B, state * kept, input_precision=PRECISION)
 
     if p_leave is not None:
-        tl.store(p_leave + o_state, state.to(p_leave.dtype.element_ty), mask=m_state)
+        tl.store(p_leave + i_state + o_state, state.to(p_leave.dtype.element_ty), mask=m_state)
 
 
 class ScanPlan:

@@ -277,7 +277,7 @@ class BackwardPlan:
         x, B, C, z, seq_idx, cu_seqlens = dense_inputs(x, B, C, z, seq_idx, cu_seqlens)
         dy = dense(dy)
         tile = scan_tile(x.dtype, P, N)
-        heads = walk_heads(H // G, P, tile, z is not None)
+        heads = walk_heads(dy, C, z, tile)
         self.chunks = chunks = divide(x, None if cu_seqlens is None else sequences, tile, heads)
         limits, flags = step_options(dt_softplus, dt_min, dt_max)
         self.decays = Decays(dt, chunks, x.dtype == torch.float32, limits, flags)

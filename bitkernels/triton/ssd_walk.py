@@ -31,6 +31,8 @@ PASS_BLOCK = 1024
 WALK_STAGES = 3
 # Two heads of a group share the tiles of B or C, two thirds of what a walk of one head reads.
 WALK_HEADS = 2
+# Programs below which one head each is as fast: then the time to walk a block counts, not what is read.
+ENOUGH = 200
 
 
 @triton.jit
@@ -211,10 +213,11 @@ def pass_states_kernel(
         tl.store(p_final + (i_seq * H + i_h) * SIZE + o_e, state.to(p_final.dtype.element_ty), mask=m_e)
 
 
-def walk_heads(heads_per_group: int, P: int, tile: Tile, gated: bool) -> int:
-    """Heads a program takes: two where their states, and a gate, leave registers."""
-    fits = not gated and tile.headdim >= P and tile.state <= 128
-    return WALK_HEADS if fits and heads_per_group % WALK_HEADS == 0 else 1
+def walk_heads(u: Tensor, v: Tensor, z: Tensor | None, tile: Tile) -> int:
+    """Heads a program may take: two where their states leave registers, and no gate needs any."""
+    H, P = u.shape[2:]
+    fits = z is None and tile.headdim >= P and tile.state <= 128 and (H // v.shape[2]) % WALK_HEADS == 0
+    return WALK_HEADS if fits else 1
 
 
 def plan_walk(
@@ -230,7 +233,9 @@ def plan_walk(
     """Plans a walk through ``count`` chunks; call: the pointers of ``walk_states_kernel``, and the first chunk."""
     H, P = u.shape[2:]
     G, N = v.shape[2:]
-    heads = walk_heads(H // G, P, tile, z is not None)
+    heads = walk_heads(u, v, z, tile)
+    if count * H < heads * ENOUGH:
+        heads = 1
     return Launch(
         walk_states_kernel, (count, H // heads, cdiv(P, tile.headdim)), H, chunks.T, chunks.length,
         *token_strides(u, v, z), *pair_strides(seq_idx), P, N, heads, H // G, tile.time, tile.headdim, tile.state,
