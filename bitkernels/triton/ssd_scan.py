@@ -176,10 +176,10 @@ class ScanPlan:
             return
         x, B, C, z, seq_idx, cu_seqlens = dense_inputs(x, B, C, z, seq_idx, cu_seqlens)
         tile = scan_tile(x.dtype, P, N)
-        self.chunks = chunks = divide(x, None if cu_seqlens is None else sequences, tile, heads=1)
+        self.chunks = chunks = divide(x, None if cu_seqlens is None else sequences, tile, H)
         exact = x.dtype == torch.float32
         self.decays = Decays(dt, chunks, exact, *step_options(dt_softplus, dt_min, dt_max))
-        self.enter = EnterChunks(x, B, None, seq_idx, chunks, tile, backward=False)
+        self.enter = EnterChunks(x, B, None, None, None, seq_idx, chunks, tile)
         self.scan = Launch(
             ssd_scan_kernel, (chunks.count, H, cdiv(P, tile.headdim)), H, chunks.T, chunks.length,
             *token_strides(x, B, C, z), *pair_strides(D), *pair_strides(seq_idx), P, N, H // G, tile.time, tile.headdim,
@@ -195,7 +195,7 @@ class ScanPlan:
         x, B, C, z, seq_idx, cu_seqlens = dense_inputs(x, B, C, z, seq_idx, cu_seqlens)
         table = chunk_table(self.chunks, cu_seqlens)
         decays = self.decays(dt, A.contiguous(), None if dt_bias is None else dt_bias.contiguous(), table)
-        enter = self.enter(x, B, None, decays, seq_idx, table, initial, final)
+        enter, _ = self.enter(x, B, None, None, None, decays, seq_idx, table, initial, final)
         self.scan(x, B, C, D, z, *decays, seq_idx, enter, y, final if self.chunks.whole else None, *table)
         return y, final
 

@@ -277,12 +277,11 @@ class BackwardPlan:
         x, B, C, z, seq_idx, cu_seqlens = dense_inputs(x, B, C, z, seq_idx, cu_seqlens)
         dy = dense(dy)
         tile = scan_tile(x.dtype, P, N)
-        heads = walk_heads(dy, C, z, tile)
-        self.chunks = chunks = divide(x, None if cu_seqlens is None else sequences, tile, heads)
+        programs = 2 * H // walk_heads(x, B, z, tile)
+        self.chunks = chunks = divide(x, None if cu_seqlens is None else sequences, tile, programs)
         limits, flags = step_options(dt_softplus, dt_min, dt_max)
         self.decays = Decays(dt, chunks, x.dtype == torch.float32, limits, flags)
-        self.enter = EnterChunks(x, B, None, seq_idx, chunks, tile, backward=False)
-        self.leave = EnterChunks(dy, C, z, seq_idx, chunks, tile, backward=True)
+        self.enter = EnterChunks(x, B, dy, C, z, seq_idx, chunks, tile)
 
         length = max(1, STATE_BYTES // (2 * chunks.per_chunk * H * P * N * x.element_size()))
         self.length = cdiv(chunks.count, cdiv(chunks.count, length))
@@ -291,11 +290,10 @@ class BackwardPlan:
         self.state_shape, self.pair_shape = (blocks, H, P, N), (blocks, G, splits, tile.time, tile.time)
         self.out_splits = out_splits
         self.head_sums = 2 if D is None else 3 if D.dim() == 1 else 2 + P
-        self.walk, self.walk_back, self.gradients, self.groups = {}, {}, {}, {}
+        self.walk, self.gradients, self.groups = {}, {}, {}
         for part in self.parts():
             count = len(part)
-            self.walk[count] = plan_walk(x, B, None, seq_idx, chunks, tile, count, False)
-            self.walk_back[count] = plan_walk(dy, C, z, seq_idx, chunks, tile, count, True)
+            self.walk[count] = plan_walk(x, B, dy, C, z, seq_idx, chunks, tile, count)
             self.gradients[count] = Launch(
                 ssd_scan_backward_kernel, (count * chunks.per_chunk, splits, G), splits, H, chunks.T, chunks.length,
                 *token_strides(dy, x, B, C, z), *pair_strides(D), *dt.stride(), *pair_strides(seq_idx), *limits,
@@ -325,8 +323,7 @@ class BackwardPlan:
         A, dt_bias = A.contiguous(), None if dt_bias is None else dt_bias.contiguous()
         table = chunk_table(self.chunks, cu_seqlens)
         decays = self.decays(dt, A, dt_bias, table)
-        enter = self.enter(x, B, None, decays, seq_idx, table, initial, None)
-        leave = self.leave(dy, C, z, decays, seq_idx, table, dfinal, dinitial)
+        enter, leave = self.enter(x, B, dy, C, z, decays, seq_idx, table, initial, None, dfinal, dinitial)
 
         dx, ddt = fresh(x.shape, x.dtype), fresh(dt.shape, dt.dtype)
         dz = None if z is None else fresh(z.shape, x.dtype)
@@ -338,8 +335,7 @@ class BackwardPlan:
         last = dinitial if self.chunks.whole else None
         for part in self.parts():
             count, first, first_block = len(part), part.start, part.start * self.chunks.per_chunk
-            self.walk[count](x, B, None, *decays, seq_idx, enter, h, None, None, *table, first)
-            self.walk_back[count](dy, C, z, *decays, seq_idx, leave, dh, last, None, *table, first)
+            self.walk[count](x, B, dy, C, z, *decays, seq_idx, enter, h, None, leave, dh, last, None, *table, first)
             self.gradients[count](
                 dy, x, B, C, D, z, dt, A, dt_bias, *decays, seq_idx, h, dh, dx, dz, ddt, dCB, sums, *table, first_block
             )

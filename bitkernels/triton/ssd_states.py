@@ -86,11 +86,11 @@ def chunks_of(programs: int, blocks: int) -> int:
     return min(range(1, min(blocks, MAX_CHUNKS) + 1), key=time)
 
 
-def divide(x: Tensor, packed: int | None, tile: Tile, heads: int) -> Chunks:
-    """For programs of ``heads`` heads each. ``packed``: how many sequences one batch row holds, None if it is one."""
-    batch, T, H, P = x.shape
+def divide(x: Tensor, packed: int | None, tile: Tile, programs: int) -> Chunks:
+    """For a number of programs a chunk and tile of P. ``packed``: how many sequences a batch row holds, None if one."""
+    batch, T, _, P = x.shape
     blocks = cdiv(T, tile.time)
-    count = chunks_of(batch * cdiv(H, heads) * cdiv(P, tile.headdim), blocks)
+    count = chunks_of(batch * programs * cdiv(P, tile.headdim), blocks)
     length = tile.time * cdiv(blocks, count)
     if packed is not None:
         return Chunks(T, length, tile.time, cdiv(T, length) + packed, packed, True)

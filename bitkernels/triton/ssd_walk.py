@@ -2,7 +2,7 @@
 
 The state before a chunk takes three launches: every chunk walks from zero (``walk_states_kernel``), the results are
 passed along each sequence (``pass_states_kernel``), and the walk that produces output starts from what was passed.
-Gradients do the same backwards in time with ``dy`` and ``C`` in place of ``x`` and ``B``.
+Gradients do the same backwards in time with ``dy`` and ``C`` in place of ``x`` and ``B``, in the same launches.
 """
 
 import torch
@@ -77,23 +77,24 @@ def walk_block(
     return tl.dot(tl.trans(u.to(b_u.dtype)), b_v, state * decay, input_precision=PRECISION), kept * decay
 
 
-@triton.jit(do_not_specialize=["first_chunk", "T", "chunk_length"])
-def walk_states_kernel(
+@triton.jit
+def walk(
     p_u,  # [B, T, H, P] x, or dy backwards
     p_v,  # [B, T, G, N] B, or C backwards
     p_z,  # [B, T, H, P], gates u, or None
-    p_step,  # [blocks, H, BLOCK_T]
-    p_total,  # [blocks, H, BLOCK_T]
-    p_low,  # [blocks, H, BLOCK_T] or None
-    p_seq_idx,  # [B, T] or None
+    p_step,
+    p_total,
+    p_low,
+    p_seq_idx,
     p_enter,  # [chunks, H, P, N] the state to start from, None: zero
     p_blocks,  # [blocks, H, P, N] receives the state on entering each block from first_chunk on, or None
     p_leave,  # [chunks, H, P, N] receives the state after the chunk, or None
-    p_decay,  # [chunks, H] receives what is left of the entering state, or None
+    p_decay,
     p_cu_seqlens,
     p_sequence,
     p_first,
     first_chunk,
+    i_h,
     H,
     T,
     chunk_length,
@@ -118,9 +119,9 @@ def walk_states_kernel(
     BACKWARD: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    """Through a chunk, in one of the directions of time."""
     i_chunk = tl.program_id(0).to(tl.int64) + first_chunk
     blocks = chunk_length // BLOCK_T
-    i_h = tl.program_id(1).to(tl.int64) * HEADS
     o_p, m_p = columns(tl.program_id(2), P, BLOCK_P)
     o_n, m_n = columns(0, N, BLOCK_N)
     o_i = tl.arange(0, BLOCK_T)
@@ -174,24 +175,81 @@ def walk_states_kernel(
         leave_chunk(state_2, kept_2, p_leave, p_decay, i_row + 1, o_state, m_state, P, N)
 
 
-@triton.jit(do_not_specialize=["T", "chunk_length"])
-def pass_states_kernel(
-    p_states,  # [chunks, H, SIZE] float32: the state each chunk adds, replaced by the state it starts from
-    p_decay,  # [chunks, H] float32
-    p_initial,  # [sequences, H, SIZE] or None
-    p_final,  # [sequences, H, SIZE] or None
+@triton.jit(do_not_specialize=["first_chunk", "T", "chunk_length"])
+def walk_states_kernel(
+    p_x,  # [B, T, H, P]
+    p_B,  # [B, T, G, N]
+    p_dy,  # [B, T, H, P], or None for the forward walk alone
+    p_C,  # [B, T, G, N] or None
+    p_z,  # [B, T, H, P], gates dy, or None
+    p_step,  # [blocks, H, BLOCK_T]
+    p_total,  # [blocks, H, BLOCK_T]
+    p_low,  # [blocks, H, BLOCK_T] or None
+    p_seq_idx,  # [B, T] or None
+    p_enter,  # [chunks, H, P, N] the states to start from, None: zero
+    p_h,  # [blocks, H, P, N] receives the state before each block from first_chunk on, or None
+    p_states,  # [chunks, H, P, N] receives the state after each chunk, or None
+    p_leave,  # [chunks, H, P, N] the gradients of states to start from, None: zero
+    p_dh,  # [blocks, H, P, N] receives the gradient of the state after each block, or None
+    p_dstates,  # [chunks, H, P, N] receives the gradient of the state before each chunk, or None
+    p_decay,  # [chunks, H] receives what is left of a state after a chunk, or None
     p_cu_seqlens,
     p_sequence,
     p_first,
+    first_chunk,
     H,
-    SIZE,
     T,
     chunk_length,
-    BLOCK: tl.constexpr,
-    BACKWARD: tl.constexpr,
+    stride_x_b,
+    stride_x_t,
+    stride_x_h,
+    stride_B_b,
+    stride_B_t,
+    stride_B_g,
+    stride_dy_b,
+    stride_dy_t,
+    stride_dy_h,
+    stride_C_b,
+    stride_C_t,
+    stride_C_g,
+    stride_z_b,
+    stride_z_t,
+    stride_z_h,
+    stride_seq_b,
+    stride_seq_t,
+    P: tl.constexpr,
+    N: tl.constexpr,
+    HEADS: tl.constexpr,
+    HEADS_PER_GROUP: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
+    i_h = tl.program_id(1).to(tl.int64) * HEADS
+    if i_h < H:
+        walk(
+            p_x, p_B, None, p_step, p_total, p_low, p_seq_idx, p_enter, p_h, p_states, p_decay, p_cu_seqlens,
+            p_sequence, p_first, first_chunk, i_h, H, T, chunk_length, stride_x_b, stride_x_t, stride_x_h, stride_B_b,
+            stride_B_t, stride_B_g, 0, 0, 0, stride_seq_b, stride_seq_t, P, N, HEADS, HEADS_PER_GROUP, BLOCK_T, BLOCK_P,
+            BLOCK_N, False, PRECISION,
+        )  # fmt: skip
+    elif p_dy is not None:
+        walk(
+            p_dy, p_C, p_z, p_step, p_total, p_low, p_seq_idx, p_leave, p_dh, p_dstates, None, p_cu_seqlens,
+            p_sequence, p_first, first_chunk, i_h - H, H, T, chunk_length, stride_dy_b, stride_dy_t, stride_dy_h,
+            stride_C_b, stride_C_t, stride_C_g, stride_z_b, stride_z_t, stride_z_h, stride_seq_b, stride_seq_t, P, N,
+            HEADS, HEADS_PER_GROUP, BLOCK_T, BLOCK_P, BLOCK_N, True, PRECISION,
+        )  # fmt: skip
+
+
+@triton.jit
+def pass_states(
+    p_states, p_decay, p_initial, p_final, p_cu_seqlens, p_first, i_h, H, SIZE, T, chunk_length, BLOCK: tl.constexpr,
+    BACKWARD: tl.constexpr,
+):  # fmt: skip
+    """Along a sequence, in one of the directions of time."""
     i_seq = tl.program_id(0).to(tl.int64)
-    i_h = tl.program_id(1).to(tl.int64)
     o_e = tl.program_id(2).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     m_e = o_e < SIZE
     if p_cu_seqlens is None:
@@ -213,60 +271,93 @@ def pass_states_kernel(
         tl.store(p_final + (i_seq * H + i_h) * SIZE + o_e, state.to(p_final.dtype.element_ty), mask=m_e)
 
 
-def walk_heads(u: Tensor, v: Tensor, z: Tensor | None, tile: Tile) -> int:
+@triton.jit(do_not_specialize=["T", "chunk_length"])
+def pass_states_kernel(
+    p_states,  # [chunks, H, SIZE] float32: the state each chunk adds, replaced by the state it starts from
+    p_initial,  # [sequences, H, SIZE] or None
+    p_final,  # [sequences, H, SIZE] or None
+    p_dstates,  # [chunks, H, SIZE] float32, or None: the same of gradients, backwards in time
+    p_dfinal,  # [sequences, H, SIZE] or None
+    p_dinitial,  # [sequences, H, SIZE] or None
+    p_decay,  # [chunks, H] float32
+    p_cu_seqlens,
+    p_sequence,
+    p_first,
+    H,
+    SIZE,
+    T,
+    chunk_length,
+    BLOCK: tl.constexpr,
+):
+    i_h = tl.program_id(1).to(tl.int64)
+    if i_h < H:
+        pass_states(
+            p_states, p_decay, p_initial, p_final, p_cu_seqlens, p_first, i_h, H, SIZE, T, chunk_length, BLOCK, False
+        )
+    elif p_dstates is not None:
+        pass_states(
+            p_dstates, p_decay, p_dfinal, p_dinitial, p_cu_seqlens, p_first, i_h - H, H, SIZE, T, chunk_length, BLOCK,
+            True,
+        )  # fmt: skip
+
+
+def walk_heads(x: Tensor, B: Tensor, z: Tensor | None, tile: Tile) -> int:
     """Heads a program may take: two where their states leave registers, and no gate needs any."""
-    H, P = u.shape[2:]
-    fits = z is None and tile.headdim >= P and tile.state <= 128 and (H // v.shape[2]) % WALK_HEADS == 0
+    H, P = x.shape[2:]
+    fits = z is None and tile.headdim >= P and tile.state <= 128 and (H // B.shape[2]) % WALK_HEADS == 0
     return WALK_HEADS if fits else 1
 
 
 def plan_walk(
-    u: Tensor,
-    v: Tensor,
+    x: Tensor,
+    B: Tensor,
+    dy: Tensor | None,
+    C: Tensor | None,
     z: Tensor | None,
     seq_idx: Tensor | None,
     chunks: Chunks,
     tile: Tile,
     count: int,
-    backward: bool,
 ) -> Launch:
     """Plans a walk through ``count`` chunks; call: the pointers of ``walk_states_kernel``, and the first chunk."""
-    H, P = u.shape[2:]
-    G, N = v.shape[2:]
-    heads = walk_heads(u, v, z, tile)
-    if count * H < heads * ENOUGH:
+    H, P = x.shape[2:]
+    G, N = B.shape[2:]
+    directions = 1 if dy is None else 2
+    heads = walk_heads(x, B, z, tile)
+    if count * H * directions < heads * ENOUGH:
         heads = 1
     return Launch(
-        walk_states_kernel, (count, H // heads, cdiv(P, tile.headdim)), H, chunks.T, chunks.length,
-        *token_strides(u, v, z), *pair_strides(seq_idx), P, N, heads, H // G, tile.time, tile.headdim, tile.state,
-        backward, precision_of(u.dtype), num_warps=tile.warps, num_stages=WALK_STAGES,
+        walk_states_kernel, (count, directions * H // heads, cdiv(P, tile.headdim)), H, chunks.T, chunks.length,
+        *token_strides(x, B, dy, C, z), *pair_strides(seq_idx), P, N, heads, H // G, tile.time, tile.headdim,
+        tile.state, precision_of(x.dtype), num_warps=tile.warps, num_stages=WALK_STAGES,
     )  # fmt: skip
 
 
 class EnterChunks:
-    """Plans the states [chunks, H, P, N] that chunks start from.
+    """Plans the states [chunks, H, P, N] that chunks start from, and with dy the gradients they end with.
 
-    Call: those states, None for zero; fills ``final`` unless chunks are whole. Backwards in time, ``initial`` is the
-    gradient of the final states and ``final`` that of the initial ones.
+    Call: both, None for zero; fills ``final`` and ``dinitial`` unless chunks are whole.
     """
 
-    def __init__(
-        self, u: Tensor, v: Tensor, z: Tensor | None, seq_idx: Tensor | None, chunks: Chunks, tile: Tile, backward: bool
-    ):
+    def __init__(self, x, B, dy, C, z, seq_idx, chunks: Chunks, tile: Tile):
         self.whole = chunks.whole
-        H, P, N = *u.shape[2:], v.shape[3]
-        self.shape = chunks.count, H, P, N
-        self.walk = plan_walk(u, v, z, seq_idx, chunks, tile, chunks.count, backward)
+        H, P, N = *x.shape[2:], B.shape[3]
+        self.directions = 1 if dy is None else 2
+        self.shape = self.directions, chunks.count, H, P, N
+        self.walk = plan_walk(x, B, dy, C, z, seq_idx, chunks, tile, chunks.count)
         self.pass_on = Launch(
-            pass_states_kernel, (chunks.sequences, H, cdiv(P * N, PASS_BLOCK)), H, P * N, chunks.T, chunks.length,
-            PASS_BLOCK, backward, num_warps=4,
+            pass_states_kernel, (chunks.sequences, self.directions * H, cdiv(P * N, PASS_BLOCK)), H, P * N, chunks.T,
+            chunks.length, PASS_BLOCK, num_warps=4,
         )  # fmt: skip
 
-    def __call__(self, u, v, z, decays: tuple, seq_idx, table: tuple, initial, final) -> Tensor | None:
+    def __call__(
+        self, x, B, dy, C, z, decays: tuple, seq_idx, table: tuple, initial, final, dfinal=None, dinitial=None
+    ) -> tuple[Tensor | None, Tensor | None]:
         if self.whole:
-            return initial
-        states = torch.empty(self.shape, dtype=torch.float32, device=u.device)
-        decay = torch.empty(self.shape[:2], dtype=torch.float32, device=u.device)
-        self.walk(u, v, z, *decays, seq_idx, None, None, states, decay, *table, 0)
-        self.pass_on(states, decay, initial, final, *table)
-        return states
+            return initial, dfinal
+        states = torch.empty(self.shape, dtype=torch.float32, device=x.device)
+        decay = torch.empty(self.shape[1:3], dtype=torch.float32, device=x.device)
+        states, dstates = states[0], states[1] if self.directions == 2 else None
+        self.walk(x, B, dy, C, z, *decays, seq_idx, None, None, states, None, None, dstates, decay, *table, 0)
+        self.pass_on(states, initial, final, dstates, dfinal, dinitial, decay, *table)
+        return states, dstates
