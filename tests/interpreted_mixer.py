@@ -10,7 +10,7 @@ from bitkernels import reference
 from bitkernels.triton import causal_conv1d as conv
 from bitkernels.triton import gated_rms_norm as norm
 from bitkernels.triton import ssd_scan as scan
-from bitkernels.triton import ssd_states
+from bitkernels.triton import ssd_scan_backward, ssd_states
 from bitkernels.triton.launch import PLANS
 from bitkernels.triton.ssd_step import ssd_step
 
@@ -120,6 +120,16 @@ def test_scan_sizes(case):
 def test_scan_two_blocks_a_chunk(monkeypatch):
     monkeypatch.setattr(ssd_states, "chunks_of", lambda programs, blocks: 2)
     check_scan(ALL, B=1, H=2, G=1)
+
+
+@pytest.mark.parametrize("cu_seqlens", [None, CU_SEQLENS], ids=["rows", "cu_seqlens"])
+def test_scan_part_by_part(cu_seqlens, monkeypatch):
+    """The states of a chunk at a time, and of three."""
+    monkeypatch.setattr(ssd_states, "SLOTS", 1024)
+    for length in (1, 3):
+        PLANS.clear()
+        monkeypatch.setattr(ssd_scan_backward, "STATE_BYTES", length * 2 * 2 * 20 * 24 * 4)
+        check_scan(ALL, B=1 if cu_seqlens else 2, T=69, H=2, G=1, cu_seqlens=cu_seqlens)
 
 
 def test_scan_strong_and_weak_decay():
