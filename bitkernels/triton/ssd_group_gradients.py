@@ -1,7 +1,8 @@
 """Gradients of B and C, which sum over the heads of a group; see ``ssd_scan_backward``.
 
-What the states give of a block is a product over heads and channels at once, ``dC = (decay * dy) h`` and
-``dB = (decay * dt * x) dh``; what the pairs within it give comes from the gradient of C B^T, summed over heads before.
+What the states give of a block is a product for each head, ``dC = decay * (dy h)`` and ``dB = decay * dt * (x dh)``,
+scaled afterwards, so that operands are not rounded again. What the pairs within the block give comes from the gradient
+of C B^T, summed over heads before.
 """
 
 import triton
@@ -113,10 +114,10 @@ def group_gradients_kernel(
                 i_state = (i_part * H + i_h) * P * N
                 o_state = o_p[:, None] * N + o_n[None, :]
                 b_h = tl.load(p_h + i_state + o_state, mask=m_p[:, None] & m_n[None, :], other=0.0)
-                u = b_dy.to(tl.float32) * scale[:, None]
                 if p_z is not None:
-                    u *= silu(load_tile(p_z + i_h * stride_z_h, stride_z_t, o_i, m_t, o_p, m_p).to(tl.float32))
-                gradient = tl.dot(u.to(b_h.dtype), b_h, gradient, input_precision=PRECISION)
+                    z = load_tile(p_z + i_h * stride_z_h, stride_z_t, o_i, m_t, o_p, m_p)
+                    b_dy = (b_dy.to(tl.float32) * silu(z.to(tl.float32))).to(b_h.dtype)
+                gradient += tl.dot(b_dy, b_h, input_precision=PRECISION) * scale[:, None]
         b_v = load_tile(p_B + i_b * stride_B_b + first * stride_B_t + i_g * stride_B_g, stride_B_t, o_i, m_t, o_n, m_n)
         o_pair = o_i[:, None] + o_i[None, :] * BLOCK_T
     else:
@@ -133,8 +134,7 @@ def group_gradients_kernel(
                 i_state = (i_part * H + i_h) * P * N
                 o_state = o_p[:, None] * N + o_n[None, :]
                 b_dh = tl.load(p_dh + i_state + o_state, mask=m_p[:, None] & m_n[None, :], other=0.0)
-                u = b_x.to(tl.float32) * scale[:, None]
-                gradient = tl.dot(u.to(b_dh.dtype), b_dh, gradient, input_precision=PRECISION)
+                gradient += tl.dot(b_x, b_dh, input_precision=PRECISION) * scale[:, None]
         b_v = load_tile(p_C + i_b * stride_C_b + first * stride_C_t + i_g * stride_C_g, stride_C_t, o_i, m_t, o_n, m_n)
         o_pair = o_i[:, None] * BLOCK_T + o_i[None, :]
 
