@@ -92,7 +92,7 @@ def _backward(ctx, grad, _):
     # The weight's gradient G = dY^T X holds those of the scales: dalpha sums S * G, dbeta sums G.
     product_needed = need_weight or (not column and (need_alpha or need_beta))
     scales_of_product = product_needed and (need_alpha or need_beta)
-    if need_x or (need_alpha or need_beta) and not product_needed:
+    if need_x or ((need_alpha or need_beta) and not product_needed):
         dx, dalpha, dbeta = torch.ops.bitkernels.packed_linear_backward(
             grad, x, w_packed, alpha, beta, (need_alpha or need_beta) and not product_needed
         )
