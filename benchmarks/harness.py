@@ -6,6 +6,7 @@ with events. On a CPU they run one after the other. Rounds of the contenders alt
 slows down slows all of them.
 """
 
+import gc
 import math
 import time
 from collections.abc import Callable
@@ -102,9 +103,15 @@ class Rounds:
         torch.cuda.current_stream().wait_stream(side)
         torch.cuda.synchronize()
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            # Outputs are kept, or every call would write the same memory.
-            self.outputs = [call() for call in self.calls]
+        # An older graph that the garbage collector frees now would invalidate the capture.
+        gc.collect()
+        gc.disable()
+        try:
+            with torch.cuda.graph(self.graph):
+                # Outputs are kept, or every call would write the same memory.
+                self.outputs = [call() for call in self.calls]
+        finally:
+            gc.enable()
         self.begin, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
     def _gpu_round(self) -> None:
