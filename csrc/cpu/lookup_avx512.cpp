@@ -1,83 +1,187 @@
-// Lookup kernels for AVX-512: a table of 16 floats is one register, and vpermps looks up 16 rows at once
-// by the low 4 bits of each lane.
+// Lookup kernels for AVX-512 with VBMI and VNNI, in integers.
+//
+// Activations become fixed point: integers of at most 2^kBits, in steps of a power of two chosen by the token's
+// largest. A table entry, the contribution of the 4 bits of a group, is an integer of 8 kLimbs bits, held as bytes:
+// limb l of the 16 entries of four groups, one from each byte of a word, is one register. vpermb then looks up 64
+// groups, 16 rows by 4 bytes, and vpdpbusd adds the four bytes of each row. Nothing is rounded between the
+// activations and the finished sum.
 #include <immintrin.h>
 
 #include "lookup.h"
-#include "panel.h"
+#include "transpose_avx512.h"
 
 namespace bitkernels::cpu {
 namespace {
 
-constexpr int kLanes = 16;
 constexpr int kVectors = kPanelRows / kLanes;
 constexpr int kGroups = 8;  // groups of 4 bits in a word
-constexpr int kTableWidth = kGroups * kLanes;
-constexpr int kBlockTokens = 4;
+constexpr int kHalves = 2;  // the groups in the low and in the high halves of a word's bytes
+constexpr int kTable = 64;  // bytes of one limb of four groups
 
-void tabulate_sign(const float* x, int64_t words, float* tables) {
-  // Lane i holds the sign that bit j of i stands for.
-  const __m512 one = _mm512_set1_ps(1), minus = _mm512_set1_ps(-1);
-  const __m512 s0 = _mm512_mask_blend_ps(0xaaaa, minus, one), s1 = _mm512_mask_blend_ps(0xcccc, minus, one);
-  const __m512 s2 = _mm512_mask_blend_ps(0xf0f0, minus, one), s3 = _mm512_mask_blend_ps(0xff00, minus, one);
-  for (int64_t i = 0; i < words * kGroups; ++i, x += 4, tables += kLanes) {
-    // Products with signs are exact, so each fused operation rounds as an addition does.
-    const __m512 low = _mm512_fmadd_ps(s0, _mm512_set1_ps(x[0]), _mm512_mul_ps(s1, _mm512_set1_ps(x[1])));
-    const __m512 high = _mm512_fmadd_ps(s2, _mm512_set1_ps(x[2]), _mm512_mul_ps(s3, _mm512_set1_ps(x[3])));
-    _mm512_store_ps(tables, _mm512_add_ps(low, high));
-  }
-}
+// Byte b of a register of words looks up table b % 4.
+constexpr uint32_t kNibbles = 0x0f0f0f0fu, kTableOfByte = 0x30201000u;
 
-void tabulate_ternary(const float* x, int64_t words, float* tables) {
-  const __m512 low = _mm512_setr_ps(-1, 0, 1, 2, -1, 0, 1, 2, -1, 0, 1, 2, -1, 0, 1, 2);
-  const __m512 high = _mm512_setr_ps(-1, -1, -1, -1, 0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2);
-  for (int64_t i = 0; i < words * kGroups; ++i, x += 2, tables += kLanes) {
-    const __m512 second = _mm512_mul_ps(high, _mm512_set1_ps(x[1]));
-    _mm512_store_ps(tables, _mm512_fmadd_ps(low, _mm512_set1_ps(x[0]), second));
-  }
-}
-
-template <int kTokens>
-void accumulate_tokens(const uint32_t* panel, int64_t words, const float* tables, int64_t stride, float* dots,
-                       const uint32_t* next) {
-  __m512 sums[kTokens][kVectors];
-  for (int t = 0; t < kTokens; ++t) {
-    for (int v = 0; v < kVectors; ++v) sums[t][v] = _mm512_setzero_ps();
-  }
-  for (int64_t i = 0; i < words; ++i, panel += kPanelRows, next += kPanelRows, tables += kTableWidth) {
-    for (int line = 0; line < kPanelRows; line += 16) _mm_prefetch(next + line, _MM_HINT_T0);
-    __m512i w[kVectors];
-    for (int v = 0; v < kVectors; ++v) w[v] = _mm512_load_si512(panel + v * kLanes);
-#pragma GCC unroll 8
-    for (int g = 0; g < kGroups; ++g) {
-      for (int t = 0; t < kTokens; ++t) {
-        const __m512 table = _mm512_load_ps(tables + t * stride + g * kLanes);
-        for (int v = 0; v < kVectors; ++v) {
-          sums[t][v] = _mm512_add_ps(sums[t][v], _mm512_permutexvar_ps(w[v], table));
-        }
-      }
-      for (int v = 0; v < kVectors; ++v) w[v] = _mm512_srli_epi32(w[v], 4);
+// The low and the high halves of the bytes of each word, as indices for vpermb.
+void load_chunk(const uint32_t* const* rows, int64_t word, int count, uint32_t* chunk) {
+  const __m512i nibbles = _mm512_set1_epi32(kNibbles), table = _mm512_set1_epi32(kTableOfByte);
+  constexpr int kAndOr = 0xea;  // (a & b) | c
+  for (int v = 0; v < kVectors; ++v) {
+    __m512i w[16];
+    transpose_16x16(rows + v * kLanes, word, count, w);
+    uint32_t* out = chunk + v * kLanes;
+    for (int i = 0; i < 16; ++i, out += kHalves * kPanelRows) {
+      if (i == count) break;
+      _mm512_store_si512(out, _mm512_ternarylogic_epi32(w[i], nibbles, table, kAndOr));
+      const __m512i high = _mm512_srli_epi32(w[i], 4);
+      _mm512_store_si512(out + kPanelRows, _mm512_ternarylogic_epi32(high, nibbles, table, kAndOr));
     }
   }
-  for (int t = 0; t < kTokens; ++t) {
-    for (int v = 0; v < kVectors; ++v) _mm512_store_ps(dots + t * kPanelRows + v * kLanes, sums[t][v]);
+}
+
+// Bit j of group g of a word adds values[4 g + j] to base[4 g].
+struct BitValues {
+  alignas(64) int32_t values[4 * kGroups], base[4 * kGroups];
+};
+
+// Lanes of four: all hold minus the sum of the four.
+__m512i minus_sums_of_four(__m512i v) {
+  v = _mm512_add_epi32(v, _mm512_shuffle_epi32(v, _MM_PERM_CDAB));
+  v = _mm512_add_epi32(v, _mm512_shuffle_epi32(v, _MM_PERM_BADC));
+  return _mm512_sub_epi32(_mm512_setzero_si512(), v);
+}
+
+template <Format kFormat>
+BitValues bit_values(const float* x, __m512 scale) {
+  BitValues bits;
+  if constexpr (kFormat == Format::kSign) {  // 2 b - 1
+    for (int i = 0; i < kSignsPerWord; i += kLanes) {
+      const __m512i v = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + i), scale));
+      _mm512_store_si512(bits.values + i, _mm512_add_epi32(v, v));
+      _mm512_store_si512(bits.base + i, minus_sums_of_four(v));
+    }
+  } else {  // 2 b1 + b0 - 1
+    const __m512i v = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x), scale));
+    const __m512i pairs = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
+    for (int i = 0; i < 2; ++i) {
+      const __m512i twice = _mm512_permutexvar_epi32(_mm512_add_epi32(pairs, _mm512_set1_epi32(8 * i)), v);
+      _mm512_store_si512(bits.values + i * kLanes, _mm512_mask_add_epi32(twice, 0xaaaa, twice, twice));
+      _mm512_store_si512(bits.base + i * kLanes, minus_sums_of_four(_mm512_maskz_mov_epi32(0x5555, twice)));
+    }
+  }
+  return bits;
+}
+
+// The largest magnitude of n values, n a multiple of 16, as bits: NaN exceeds infinity.
+uint32_t largest_bits(const float* x, int64_t n) {
+  __m512i largest = _mm512_setzero_si512();
+  const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
+  for (int64_t i = 0; i < n; i += kLanes) {
+    largest = _mm512_max_epu32(largest, _mm512_and_si512(_mm512_loadu_si512(x + i), magnitude));
+  }
+  return _mm512_reduce_max_epu32(largest);
+}
+
+// 2^e for -126 <= e <= 127.
+float power_of_two(int e) { return __builtin_bit_cast(float, static_cast<uint32_t>(e + 127) << 23); }
+
+template <Format kFormat, int kLimbs>
+float tabulate(const float* x, int64_t words, void* tables) {
+  // Up to four activations add up to an entry, which has a sign.
+  constexpr int kBits = 8 * kLimbs - 4;
+  constexpr int kPerWord = per_word(kFormat);
+  const uint32_t largest = largest_bits(x, words * kPerWord);
+  const bool finite = largest < 0x7f800000u;
+  // Below 2^exponent all magnitudes; small ones share a step, which must be a normal number, and so must its inverse.
+  const int own = static_cast<int>(largest >> 23) - 126;
+  const int exponent = !finite ? 0 : own > kBits - 126 ? own : kBits - 126;
+  const __m512 scale = _mm512_set1_ps(power_of_two(kBits - exponent));
+  uint8_t* out = static_cast<uint8_t*>(tables);
+  for (int64_t i = 0; i < words; ++i, out += kHalves * kLimbs * kTable) {
+    const BitValues bits = bit_values<kFormat>(x + i * kPerWord, scale);
+    for (int g = 0; g < kGroups; ++g) {
+      constexpr __mmask16 kBitOfLane[] = {0xaaaa, 0xcccc, 0xf0f0, 0xff00};
+      __m512i entries = _mm512_set1_epi32(bits.base[4 * g]);
+      for (int j = 0; j < 4; ++j) {
+        entries = _mm512_mask_add_epi32(entries, kBitOfLane[j], entries, _mm512_set1_epi32(bits.values[4 * g + j]));
+      }
+      uint8_t* table = out + g % kHalves * kLimbs * kTable + g / kHalves * 16;
+      for (int l = 0; l < kLimbs; ++l) {
+        const __m128i limb = _mm512_cvtepi32_epi8(_mm512_srli_epi32(entries, 8 * l));
+        _mm_store_si128(reinterpret_cast<__m128i*>(table + l * kTable), limb);
+      }
+    }
+  }
+  return finite ? power_of_two(exponent - kBits) : __builtin_nanf("");
+}
+
+// sums[l * kPanelRows + r]: limb l of row r.
+template <int kLimbs>
+void accumulate(const uint32_t* chunk, int words, const void* tables, int64_t stride, int64_t tokens, void* sums) {
+  const __m512i ones = _mm512_set1_epi8(1);
+  for (int64_t t = 0; t < tokens; ++t) {
+    const uint8_t* table = static_cast<const uint8_t*>(tables) + t * stride;
+    int32_t* sum = static_cast<int32_t*>(sums) + t * kLimbs * kPanelRows;
+    __m512i s[kLimbs][kVectors];
+    for (int l = 0; l < kLimbs; ++l) {
+      for (int v = 0; v < kVectors; ++v) s[l][v] = _mm512_load_si512(sum + l * kPanelRows + v * kLanes);
+    }
+    const uint32_t* index = chunk;
+    for (int i = 0; i < words * kHalves; ++i, index += kPanelRows, table += kLimbs * kTable) {
+      __m512i limbs[kLimbs];
+      for (int l = 0; l < kLimbs; ++l) limbs[l] = _mm512_load_si512(table + l * kTable);
+      for (int v = 0; v < kVectors; ++v) {
+        const __m512i which = _mm512_load_si512(index + v * kLanes);
+        for (int l = 0; l < kLimbs; ++l) {
+          // The last limb has the sign.
+          const __m512i found = _mm512_permutexvar_epi8(which, limbs[l]);
+          s[l][v] =
+              l + 1 < kLimbs ? _mm512_dpbusd_epi32(s[l][v], found, ones) : _mm512_dpbusd_epi32(s[l][v], ones, found);
+        }
+      }
+    }
+    for (int l = 0; l < kLimbs; ++l) {
+      for (int v = 0; v < kVectors; ++v) _mm512_store_si512(sum + l * kPanelRows + v * kLanes, s[l][v]);
+    }
   }
 }
 
-void accumulate(const uint32_t* panel, int64_t words, const float* tables, int64_t stride, int tokens, float* dots,
-                const uint32_t* next) {
-  switch (tokens) {
-    case 1: return accumulate_tokens<1>(panel, words, tables, stride, dots, next);
-    case 2: return accumulate_tokens<2>(panel, words, tables, stride, dots, next);
-    case 3: return accumulate_tokens<3>(panel, words, tables, stride, dots, next);
-    case 4: return accumulate_tokens<4>(panel, words, tables, stride, dots, next);
+// Two limbs together stay below 2^16 * groups / 2, that is within 32 bits up to kLookupAvx512MaxWords.
+static_assert(kLookupAvx512MaxWords * kGroups <= 1 << 15);
+
+template <int kLimbs>
+void finish(const void* sums, float factor, float* dots) {
+  static_assert(kLimbs == 3 || kLimbs == 4);
+  constexpr int kLow = kLimbs - 2;  // limbs below the upper two
+  for (int r = 0; r < kPanelRows; r += kLanes) {
+    const int32_t* sum = static_cast<const int32_t*>(sums) + r;
+    const auto limb = [&](int l) { return _mm512_load_si512(sum + l * kPanelRows); };
+    const __m512i high = _mm512_add_epi32(_mm512_slli_epi32(limb(kLow + 1), 8), limb(kLow));
+    const __m512i low = kLow == 1 ? limb(0) : _mm512_add_epi32(_mm512_slli_epi32(limb(1), 8), limb(0));
+    const __m512 sum_of_both =
+        _mm512_fmadd_ps(_mm512_cvtepi32_ps(high), _mm512_set1_ps(1 << 8 * kLow), _mm512_cvtepi32_ps(low));
+    _mm512_storeu_ps(dots + r, _mm512_mul_ps(sum_of_both, _mm512_set1_ps(factor)));
   }
 }
 
-constexpr LookupKernels<float> kSign{kTableWidth, kBlockTokens, tabulate_sign, accumulate};
-constexpr LookupKernels<float> kTernary{kTableWidth, kBlockTokens, tabulate_ternary, accumulate};
+template <Format kFormat, int kLimbs>
+constexpr LookupKernels<float> kKernels{
+    .table_bytes = kHalves * kLimbs * kTable,
+    .sum_bytes = kLimbs * kPanelRows * sizeof(int32_t),
+    .tabulate = tabulate<kFormat, kLimbs>,
+    .load = load_chunk,
+    .accumulate = accumulate<kLimbs>,
+    .finish = finish<kLimbs>,
+};
 
 }  // namespace
 
-const LookupKernels<float>& lookup_avx512(Format format) { return format == Format::kSign ? kSign : kTernary; }
+// Three limbs leave bf16 and fp16 activations at least 12 bits below the bit that ends the largest; four hold every
+// fp32 value within a factor of 16 of the largest exactly.
+const LookupKernels<float>& lookup_avx512(Format format, DType dtype) {
+  if (format == Format::kSign) {
+    return dtype == DType::kFloat32 ? kKernels<Format::kSign, 4> : kKernels<Format::kSign, 3>;
+  }
+  return dtype == DType::kFloat32 ? kKernels<Format::kTernary, 4> : kKernels<Format::kTernary, 3>;
+}
 
 }  // namespace bitkernels::cpu

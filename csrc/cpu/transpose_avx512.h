@@ -1,0 +1,42 @@
+// 16 rows of up to 16 words with columns and rows exchanged, in registers.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace bitkernels::cpu {
+namespace {
+
+constexpr int kLanes = 16;
+
+// out[i] holds word `word + i` of 16 rows, zero from `count` on.
+inline void transpose_16x16(const uint32_t* const* rows, int64_t word, int count, __m512i* out) {
+  const __mmask16 valid = static_cast<__mmask16>((1u << count) - 1);
+  __m512i a[16];
+  for (int i = 0; i < 16; ++i) a[i] = _mm512_maskz_loadu_epi32(valid, rows[i] + word);
+  for (int i = 0; i < 16; i += 2) {
+    out[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+    out[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    a[i] = _mm512_unpacklo_epi64(out[i], out[i + 2]);
+    a[i + 1] = _mm512_unpackhi_epi64(out[i], out[i + 2]);
+    a[i + 2] = _mm512_unpacklo_epi64(out[i + 1], out[i + 3]);
+    a[i + 3] = _mm512_unpackhi_epi64(out[i + 1], out[i + 3]);
+  }
+  // a[4 q + j]: lane l of 128 bits holds word 4 l + j of rows 4 q to 4 q + 3.
+  for (int j = 0; j < 4; ++j) {
+    const __m512i low01 = _mm512_shuffle_i32x4(a[j], a[j + 4], 0x44);
+    const __m512i high01 = _mm512_shuffle_i32x4(a[j], a[j + 4], 0xee);
+    const __m512i low23 = _mm512_shuffle_i32x4(a[j + 8], a[j + 12], 0x44);
+    const __m512i high23 = _mm512_shuffle_i32x4(a[j + 8], a[j + 12], 0xee);
+    out[j] = _mm512_shuffle_i32x4(low01, low23, 0x88);
+    out[j + 4] = _mm512_shuffle_i32x4(low01, low23, 0xdd);
+    out[j + 8] = _mm512_shuffle_i32x4(high01, high23, 0x88);
+    out[j + 12] = _mm512_shuffle_i32x4(high01, high23, 0xdd);
+  }
+}
+
+}  // namespace
+}  // namespace bitkernels::cpu
