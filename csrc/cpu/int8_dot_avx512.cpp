@@ -18,7 +18,6 @@ void load_chunk(const uint32_t* const* rows, int64_t word, int count, uint32_t* 
     transpose_16x16(rows + v * kLanes, word, count, w);
     uint32_t* out = chunk + v * kLanes;
     for (int i = 0; i < 16; ++i) {
-      if (i == count) break;
       for (int j = 0; j < kPlanes; ++j, out += kPanelRows) {
         _mm512_store_si512(out, _mm512_and_si512(_mm512_srli_epi32(w[i], 2 * j), mask));
       }

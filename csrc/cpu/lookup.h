@@ -33,7 +33,7 @@ struct LookupKernels {
 const LookupKernels<float>& lookup_avx2(Format);
 // For activations of type dtype and rows of no more than kLookupAvx512MaxWords words.
 const LookupKernels<float>& lookup_avx512(Format, DType dtype);
-constexpr int64_t kLookupAvx512MaxWords = 4096;
+constexpr int64_t kLookupAvx512MaxWords = 1 << 14;
 
 // A vector of scales, or one value for all indices where stride is 0.
 template <typename T>

@@ -1,10 +1,10 @@
 // Lookup kernels for AVX-512 with VBMI and VNNI, in integers.
 //
 // Activations become fixed point: integers of at most 2^kBits, in steps of a power of two chosen by the token's
-// largest. A table entry, the contribution of the 4 bits of a group, is an integer of 8 kLimbs bits, held as bytes:
-// limb l of the 16 entries of four groups, one from each byte of a word, is one register. vpermb then looks up 64
-// groups, 16 rows by 4 bytes, and vpdpbusd adds the four bytes of each row. Nothing is rounded between the
-// activations and the finished sum.
+// largest. A table entry, the contribution of the 4 bits of a group, is an integer of 7 kLimbs bits, a byte for each
+// 7: limb l of the 16 entries of four groups, one from each byte of a word, is one register. vpermb then looks up 64
+// groups, 16 rows by 4 bytes; the lookups of both halves of a byte add up within it, and vpdpbusd adds the four bytes
+// of each row. Nothing is rounded between the activations and the finished sum.
 #include <immintrin.h>
 
 #include "lookup.h"
@@ -17,6 +17,7 @@ constexpr int kVectors = kPanelRows / kLanes;
 constexpr int kGroups = 8;  // groups of 4 bits in a word
 constexpr int kHalves = 2;  // the groups in the low and in the high halves of a word's bytes
 constexpr int kTable = 64;  // bytes of one limb of four groups
+constexpr int kLimbBits = 7;
 
 // Byte b of a register of words looks up table b % 4.
 constexpr uint32_t kNibbles = 0x0f0f0f0fu, kTableOfByte = 0x30201000u;
@@ -30,7 +31,6 @@ void load_chunk(const uint32_t* const* rows, int64_t word, int count, uint32_t* 
     transpose_16x16(rows + v * kLanes, word, count, w);
     uint32_t* out = chunk + v * kLanes;
     for (int i = 0; i < 16; ++i, out += kHalves * kPanelRows) {
-      if (i == count) break;
       _mm512_store_si512(out, _mm512_ternarylogic_epi32(w[i], nibbles, table, kAndOr));
       const __m512i high = _mm512_srli_epi32(w[i], 4);
       _mm512_store_si512(out + kPanelRows, _mm512_ternarylogic_epi32(high, nibbles, table, kAndOr));
@@ -87,7 +87,7 @@ float power_of_two(int e) { return __builtin_bit_cast(float, static_cast<uint32_
 template <Format kFormat, int kLimbs>
 float tabulate(const float* x, int64_t words, void* tables) {
   // Up to four activations add up to an entry, which has a sign.
-  constexpr int kBits = 8 * kLimbs - 4;
+  constexpr int kBits = kLimbBits * kLimbs - 4;
   constexpr int kPerWord = per_word(kFormat);
   const uint32_t largest = largest_bits(x, words * kPerWord);
   const bool finite = largest < 0x7f800000u;
@@ -105,13 +105,22 @@ float tabulate(const float* x, int64_t words, void* tables) {
         entries = _mm512_mask_add_epi32(entries, kBitOfLane[j], entries, _mm512_set1_epi32(bits.values[4 * g + j]));
       }
       uint8_t* table = out + g % kHalves * kLimbs * kTable + g / kHalves * 16;
-      for (int l = 0; l < kLimbs; ++l) {
-        const __m128i limb = _mm512_cvtepi32_epi8(_mm512_srli_epi32(entries, 8 * l));
-        _mm_store_si128(reinterpret_cast<__m128i*>(table + l * kTable), limb);
+      for (int l = 0; l < kLimbs; ++l, entries = _mm512_srai_epi32(entries, kLimbBits)) {
+        // The last limb has the sign.
+        const __m512i limb =
+            l + 1 < kLimbs ? _mm512_and_si512(entries, _mm512_set1_epi32((1 << kLimbBits) - 1)) : entries;
+        _mm_store_si128(reinterpret_cast<__m128i*>(table + l * kTable), _mm512_cvtepi32_epi8(limb));
       }
     }
   }
   return finite ? power_of_two(exponent - kBits) : __builtin_nanf("");
+}
+
+// A load whose value stays in a register: gcc would load it again for each use, and loads are what it would wait for.
+__m512i load_once(const void* from) {
+  __m512i v = _mm512_load_si512(from);
+  asm("" : "+v"(v));
+  return v;
 }
 
 // sums[l * kPanelRows + r]: limb l of row r.
@@ -126,14 +135,18 @@ void accumulate(const uint32_t* chunk, int words, const void* tables, int64_t st
       for (int v = 0; v < kVectors; ++v) s[l][v] = _mm512_load_si512(sum + l * kPanelRows + v * kLanes);
     }
     const uint32_t* index = chunk;
-    for (int i = 0; i < words * kHalves; ++i, index += kPanelRows, table += kLimbs * kTable) {
-      __m512i limbs[kLimbs];
-      for (int l = 0; l < kLimbs; ++l) limbs[l] = _mm512_load_si512(table + l * kTable);
+    for (int i = 0; i < words; ++i, index += kHalves * kPanelRows, table += kHalves * kLimbs * kTable) {
+      __m512i low[kLimbs], high[kLimbs];
+      for (int l = 0; l < kLimbs; ++l) {
+        low[l] = load_once(table + l * kTable);
+        high[l] = load_once(table + (kLimbs + l) * kTable);
+      }
       for (int v = 0; v < kVectors; ++v) {
-        const __m512i which = _mm512_load_si512(index + v * kLanes);
+        const __m512i in_low = load_once(index + v * kLanes);
+        const __m512i in_high = load_once(index + kPanelRows + v * kLanes);
         for (int l = 0; l < kLimbs; ++l) {
-          // The last limb has the sign.
-          const __m512i found = _mm512_permutexvar_epi8(which, limbs[l]);
+          const __m512i found =
+              _mm512_add_epi8(_mm512_permutexvar_epi8(in_low, low[l]), _mm512_permutexvar_epi8(in_high, high[l]));
           s[l][v] =
               l + 1 < kLimbs ? _mm512_dpbusd_epi32(s[l][v], found, ones) : _mm512_dpbusd_epi32(s[l][v], ones, found);
         }
@@ -145,8 +158,8 @@ void accumulate(const uint32_t* chunk, int words, const void* tables, int64_t st
   }
 }
 
-// Two limbs together stay below 2^16 * groups / 2, that is within 32 bits up to kLookupAvx512MaxWords.
-static_assert(kLookupAvx512MaxWords * kGroups <= 1 << 15);
+// Two limbs together stay below 2^14 * groups, that is within 32 bits up to kLookupAvx512MaxWords.
+static_assert(kLookupAvx512MaxWords * kGroups <= 1 << 17);
 
 template <int kLimbs>
 void finish(const void* sums, float factor, float* dots) {
@@ -154,12 +167,14 @@ void finish(const void* sums, float factor, float* dots) {
   constexpr int kLow = kLimbs - 2;  // limbs below the upper two
   for (int r = 0; r < kPanelRows; r += kLanes) {
     const int32_t* sum = static_cast<const int32_t*>(sums) + r;
-    const auto limb = [&](int l) { return _mm512_load_si512(sum + l * kPanelRows); };
-    const __m512i high = _mm512_add_epi32(_mm512_slli_epi32(limb(kLow + 1), 8), limb(kLow));
-    const __m512i low = kLow == 1 ? limb(0) : _mm512_add_epi32(_mm512_slli_epi32(limb(1), 8), limb(0));
-    const __m512 sum_of_both =
-        _mm512_fmadd_ps(_mm512_cvtepi32_ps(high), _mm512_set1_ps(1 << 8 * kLow), _mm512_cvtepi32_ps(low));
-    _mm512_storeu_ps(dots + r, _mm512_mul_ps(sum_of_both, _mm512_set1_ps(factor)));
+    const auto two_limbs = [&](int l) {
+      const __m512i upper = _mm512_load_si512(sum + (l + 1) * kPanelRows);
+      return _mm512_add_epi32(_mm512_slli_epi32(upper, kLimbBits), _mm512_load_si512(sum + l * kPanelRows));
+    };
+    const __m512 high = _mm512_cvtepi32_ps(two_limbs(kLow));
+    const __m512 low = _mm512_cvtepi32_ps(kLow == 1 ? _mm512_load_si512(sum) : two_limbs(0));
+    const __m512 both = _mm512_fmadd_ps(high, _mm512_set1_ps(1 << kLimbBits * kLow), low);
+    _mm512_storeu_ps(dots + r, _mm512_mul_ps(both, _mm512_set1_ps(factor)));
   }
 }
 
@@ -175,13 +190,13 @@ constexpr LookupKernels<float> kKernels{
 
 }  // namespace
 
-// Three limbs leave bf16 and fp16 activations at least 12 bits below the bit that ends the largest; four hold every
-// fp32 value within a factor of 16 of the largest exactly.
+// Three limbs are steps of at most 2^-16 of a token's largest activation, where bf16 rounds to 2^-9 of each; four
+// hold an fp32 value as large as the largest exactly.
 const LookupKernels<float>& lookup_avx512(Format format, DType dtype) {
   if (format == Format::kSign) {
-    return dtype == DType::kFloat32 ? kKernels<Format::kSign, 4> : kKernels<Format::kSign, 3>;
+    return dtype == DType::kBFloat16 ? kKernels<Format::kSign, 3> : kKernels<Format::kSign, 4>;
   }
-  return dtype == DType::kFloat32 ? kKernels<Format::kTernary, 4> : kKernels<Format::kTernary, 3>;
+  return dtype == DType::kBFloat16 ? kKernels<Format::kTernary, 3> : kKernels<Format::kTernary, 4>;
 }
 
 }  // namespace bitkernels::cpu

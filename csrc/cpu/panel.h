@@ -14,7 +14,8 @@ constexpr int kChunkWords = 16;  // a cache line of each row
 // The largest form a kernel keeps a chunk in: four 32-bit planes of each word.
 constexpr int kMaxChunkWords = 4 * kChunkWords * kPanelRows;
 
-// Loads `count` <= kChunkWords words of kPanelRows rows, from word `word` of each, into the form a kernel wants.
+// Loads `count` <= kChunkWords words of kPanelRows rows, from word `word` of each, into the form a kernel wants. The
+// chunk has room for kChunkWords of them.
 using LoadChunk = void (*)(const uint32_t* const* rows, int64_t word, int count, uint32_t* chunk);
 
 // chunk[w * kPanelRows + r] = rows[r][word + w].
