@@ -2,7 +2,7 @@
 #include <immintrin.h>
 
 #include "int8_dot.h"
-#include "transpose_avx512.h"
+#include "registers_avx512.h"
 
 namespace bitkernels::cpu {
 namespace {
@@ -34,18 +34,25 @@ __m512i broadcast(const int8_t* four) {
 template <int kCount>
 void accumulate_tokens(const uint32_t* chunk, int words, const int8_t* q, int64_t stride, int32_t* dots) {
   __m512i sums[kCount][kVectors];
+#pragma GCC unroll 4
   for (int t = 0; t < kCount; ++t) {
+#pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) sums[t][v] = _mm512_load_si512(dots + t * kPanelRows + v * kLanes);
   }
   for (int i = 0; i < words * kPlanes; ++i, chunk += kPanelRows, q += 4) {
     __m512i plane[kVectors];
-    for (int v = 0; v < kVectors; ++v) plane[v] = _mm512_load_si512(chunk + v * kLanes);
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) plane[v] = load_once(chunk + v * kLanes);
+#pragma GCC unroll 4
     for (int t = 0; t < kCount; ++t) {
       const __m512i activations = broadcast(q + t * stride);
+#pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) sums[t][v] = _mm512_dpbusd_epi32(sums[t][v], plane[v], activations);
     }
   }
+#pragma GCC unroll 4
   for (int t = 0; t < kCount; ++t) {
+#pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) _mm512_store_si512(dots + t * kPanelRows + v * kLanes, sums[t][v]);
   }
 }

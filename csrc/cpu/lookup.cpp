@@ -12,7 +12,7 @@
 namespace bitkernels::cpu {
 namespace {
 
-constexpr int64_t kMaxBlockTokens = 16;
+constexpr int64_t kMaxBlockTokens = 8;
 constexpr int64_t kLanes = 16;               // partial sums of a reduction the compiler may keep in vectors
 constexpr int64_t kGrainProducts = 1 << 17;  // products worth a thread
 
@@ -102,13 +102,17 @@ class Worker {
 
   template <typename X>
   void store(X* y, int64_t n0, int64_t tokens, int64_t columns) {
+    // Side by side, or the loop over them is no vector loop.
+    T scale[kPanelRows], shift[kPanelRows], bias[kPanelRows];
+    for (int64_t i = 0; i < columns; ++i) {
+      scale[i] = a_.out_scale[n0 + i];
+      shift[i] = a_.out_shift[n0 + i];
+      bias[i] = a_.bias ? a_.bias[n0 + i] : T(0);
+    }
     for (int64_t t = 0; t < tokens; ++t) {
       const T* dots = dots_.data + t * kPanelRows;
-      for (int64_t i = 0; i < columns; ++i) {
-        T v = a_.out_scale[n0 + i] * dots[i] + a_.out_shift[n0 + i] * shifts_[t];
-        if (a_.bias) v += a_.bias[n0 + i];
-        from_float(v, y[t * a_.N + i]);
-      }
+      const T sum = shifts_[t];
+      for (int64_t i = 0; i < columns; ++i) from_float(scale[i] * dots[i] + shift[i] * sum + bias[i], y[t * a_.N + i]);
     }
   }
 
@@ -253,10 +257,10 @@ void transpose_codes(const uint32_t* w, uint32_t* out, int64_t N, int64_t K, Exe
 }  // namespace
 
 int64_t lookup_block_tokens(Format format, int64_t K) {
-  // Half a megabyte of tables, which stays in a core's own cache.
-  constexpr int64_t kTableFloats = 1 << 17;
+  // At most three quarters of a megabyte of tables, which stays in a core's own cache.
+  constexpr int64_t kTableFloats = 3 << 16;
   const int64_t words = std::max<int64_t>(1, ceil_div(K, per_word(format)));
-  return std::clamp<int64_t>(kTableFloats / (words * kGroups * kEntries) / 4 * 4, 4, kMaxBlockTokens);
+  return std::clamp<int64_t>(kTableFloats / (words * kGroups * kEntries) / 2 * 2, 4, kMaxBlockTokens);
 }
 
 template <typename T>

@@ -8,7 +8,7 @@
 #include <immintrin.h>
 
 #include "lookup.h"
-#include "transpose_avx512.h"
+#include "registers_avx512.h"
 
 namespace bitkernels::cpu {
 namespace {
@@ -114,13 +114,6 @@ float tabulate(const float* x, int64_t words, void* tables) {
     }
   }
   return finite ? power_of_two(exponent - kBits) : __builtin_nanf("");
-}
-
-// A load whose value stays in a register: gcc would load it again for each use, and loads are what it would wait for.
-__m512i load_once(const void* from) {
-  __m512i v = _mm512_load_si512(from);
-  asm("" : "+v"(v));
-  return v;
 }
 
 // sums[l * kPanelRows + r]: limb l of row r.

@@ -38,5 +38,12 @@ inline void transpose_16x16(const uint32_t* const* rows, int64_t word, int count
   }
 }
 
+// A load whose value stays in a register: gcc would load it again for each use, and loads are what it would wait for.
+inline __m512i load_once(const void* from) {
+  __m512i v = _mm512_load_si512(from);
+  asm("" : "+v"(v));
+  return v;
+}
+
 }  // namespace
 }  // namespace bitkernels::cpu
