@@ -10,18 +10,11 @@ namespace {
 constexpr int kVectors = kPanelRows / kLanes;
 constexpr int kTokens = 4;  // whose sums fit in registers, with room for a plane
 
-// The planes of each word one after the other.
 void load_chunk(const uint32_t* const* rows, int64_t word, int count, uint32_t* chunk) {
-  const __m512i mask = _mm512_set1_epi32(kPlaneMask);
   for (int v = 0; v < kVectors; ++v) {
     __m512i w[16];
     transpose_16x16(rows + v * kLanes, word, count, w);
-    uint32_t* out = chunk + v * kLanes;
-    for (int i = 0; i < 16; ++i) {
-      for (int j = 0; j < kPlanes; ++j, out += kPanelRows) {
-        _mm512_store_si512(out, _mm512_and_si512(_mm512_srli_epi32(w[i], 2 * j), mask));
-      }
-    }
+    for (int i = 0; i < 16; ++i) _mm512_store_si512(chunk + i * kPanelRows + v * kLanes, w[i]);
   }
 }
 
@@ -33,21 +26,31 @@ __m512i broadcast(const int8_t* four) {
 
 template <int kCount>
 void accumulate_tokens(const uint32_t* chunk, int words, const int8_t* q, int64_t stride, int32_t* dots) {
+  const __m512i mask = _mm512_set1_epi32(kPlaneMask);
   __m512i sums[kCount][kVectors];
 #pragma GCC unroll 4
   for (int t = 0; t < kCount; ++t) {
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) sums[t][v] = _mm512_load_si512(dots + t * kPanelRows + v * kLanes);
   }
-  for (int i = 0; i < words * kPlanes; ++i, chunk += kPanelRows, q += 4) {
-    __m512i plane[kVectors];
+  for (int i = 0; i < words; ++i, chunk += kPanelRows, q += kTernaryPerWord) {
+    __m512i w[kVectors];
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) plane[v] = load_once(chunk + v * kLanes);
+    for (int v = 0; v < kVectors; ++v) w[v] = load_once(chunk + v * kLanes);
 #pragma GCC unroll 4
-    for (int t = 0; t < kCount; ++t) {
-      const __m512i activations = broadcast(q + t * stride);
+    for (int j = 0; j < kPlanes; ++j) {
+      __m512i plane[kVectors];
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) sums[t][v] = _mm512_dpbusd_epi32(sums[t][v], plane[v], activations);
+      for (int v = 0; v < kVectors; ++v) {
+        plane[v] = _mm512_and_si512(w[v], mask);
+        w[v] = _mm512_srli_epi32(w[v], 2);
+      }
+#pragma GCC unroll 4
+      for (int t = 0; t < kCount; ++t) {
+        const __m512i activations = broadcast(q + t * stride + 4 * j);
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) sums[t][v] = _mm512_dpbusd_epi32(sums[t][v], plane[v], activations);
+      }
     }
   }
 #pragma GCC unroll 4

@@ -45,7 +45,7 @@ class Worker {
       : a_(a),
         kernels_(kernels),
         words_(ceil_div(a.K, per_word(a.format))),
-        block_(std::min(lookup_block_tokens(a.format, a.K), a.M)),
+        block_(lookup_block_tokens(a.format, a.M, a.K)),
         panels_(ceil_div(a.N, kPanelRows)),
         table_stride_(words_ * kernels.table_bytes),
         row_(words_ * per_word(a.format)),
@@ -256,18 +256,19 @@ void transpose_codes(const uint32_t* w, uint32_t* out, int64_t N, int64_t K, Exe
 
 }  // namespace
 
-int64_t lookup_block_tokens(Format format, int64_t K) {
-  // At most three quarters of a megabyte of tables, which stays in a core's own cache.
-  constexpr int64_t kTableFloats = 3 << 16;
+int64_t lookup_block_tokens(Format format, int64_t M, int64_t K) {
+  // At most a megabyte of tables, about what a core's own cache holds; all blocks about equal.
+  constexpr int64_t kTableFloats = 1 << 18;
   const int64_t words = std::max<int64_t>(1, ceil_div(K, per_word(format)));
-  return std::clamp<int64_t>(kTableFloats / (words * kGroups * kEntries) / 2 * 2, 4, kMaxBlockTokens);
+  const int64_t most = std::clamp<int64_t>(kTableFloats / (words * kGroups * kEntries), 4, kMaxBlockTokens);
+  return std::max<int64_t>(1, ceil_div(M, std::max<int64_t>(1, ceil_div(M, most))));
 }
 
 template <typename T>
 void lookup_matmul(const LookupMatmul<T>& a, Executor run) {
   if (a.M == 0 || a.N == 0) return;
   const LookupKernels<T>& kernels = kernels_for(a);
-  const int64_t block = std::min(lookup_block_tokens(a.format, a.K), a.M);
+  const int64_t block = lookup_block_tokens(a.format, a.M, a.K);
   const int64_t products = block * kPanelRows * std::max<int64_t>(a.K, 1);
   run(ceil_div(a.M, block) * ceil_div(a.N, kPanelRows), ceil_div(kGrainProducts, products),
       [&](int64_t begin, int64_t end) { Worker<T>(a, kernels)(begin, end); });

@@ -63,7 +63,7 @@ struct LookupMatmul {
 };
 
 // Tokens whose tables are held at once; fixed by the sizes alone, so that results do not depend on threads.
-int64_t lookup_block_tokens(Format format, int64_t K);
+int64_t lookup_block_tokens(Format format, int64_t M, int64_t K);
 
 template <typename T>
 void lookup_matmul(const LookupMatmul<T>&, Executor);

@@ -11,8 +11,8 @@ namespace bitkernels::cpu {
 constexpr int kPanelRows = 64;
 constexpr int kChunkWords = 16;  // a cache line of each row
 
-// The largest form a kernel keeps a chunk in: four 32-bit planes of each word.
-constexpr int kMaxChunkWords = 4 * kChunkWords * kPanelRows;
+// The largest form a kernel keeps a chunk in: two words for each.
+constexpr int kMaxChunkWords = 2 * kChunkWords * kPanelRows;
 
 // Loads `count` <= kChunkWords words of kPanelRows rows, from word `word` of each, into the form a kernel wants. The
 // chunk has room for kChunkWords of them.
