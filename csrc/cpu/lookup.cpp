@@ -212,7 +212,7 @@ const LookupKernels<T>& kernels_for(const LookupMatmul<T>& a) {
 #if defined(__x86_64__)
   if constexpr (std::is_same_v<T, float>) {
     const bool short_rows = ceil_div(a.K, per_word(a.format)) <= kLookupAvx512MaxWords;
-    if (path() == Path::kAvx512 && short_rows) return lookup_avx512(a.format, a.dtype);
+    if (path() == Path::kAvx512 && short_rows) return lookup_avx512(a.format, a.dtype, a.M);
     if (path() >= Path::kAvx2) return lookup_avx2(a.format);
   }
 #endif

@@ -31,8 +31,8 @@ struct LookupKernels {
 
 // Defined in lookup_<path>.cpp, to be called on machines with that instruction set alone.
 const LookupKernels<float>& lookup_avx2(Format);
-// For activations of type dtype and rows of no more than kLookupAvx512MaxWords words.
-const LookupKernels<float>& lookup_avx512(Format, DType dtype);
+// For M tokens of type dtype and rows of no more than kLookupAvx512MaxWords words.
+const LookupKernels<float>& lookup_avx512(Format, DType dtype, int64_t M);
 constexpr int64_t kLookupAvx512MaxWords = 1 << 14;
 
 // A vector of scales, or one value for all indices where stride is 0.

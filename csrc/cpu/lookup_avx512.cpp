@@ -19,23 +19,44 @@ constexpr int kHalves = 2;  // the groups in the low and in the high halves of a
 constexpr int kTable = 64;  // bytes of one limb of four groups
 constexpr int kLimbBits = 7;
 
-// Byte b of a register of words looks up table b % 4.
-constexpr uint32_t kNibbles = 0x0f0f0f0fu, kTableOfByte = 0x30201000u;
+// What a chunk holds: words, or the two indices of each, which are worth storing from the second token on.
+enum class Chunk { kWords, kIndices };
 
-// The low and the high halves of the bytes of each word, as indices for vpermb.
-void load_chunk(const uint32_t* const* rows, int64_t word, int count, uint32_t* chunk) {
-  const __m512i nibbles = _mm512_set1_epi32(kNibbles), table = _mm512_set1_epi32(kTableOfByte);
+// Both halves of the bytes of 16 words, as indices for vpermb: byte b of a register looks up table b % 4.
+struct Indices {
+  __m512i low, high;
+};
+
+Indices indices(__m512i words) {
+  const __m512i halves = _mm512_set1_epi32(0x0f0f0f0f), table = _mm512_set1_epi32(0x30201000);
   constexpr int kAndOr = 0xea;  // (a & b) | c
+  return {_mm512_ternarylogic_epi32(words, halves, table, kAndOr),
+          _mm512_ternarylogic_epi32(_mm512_srli_epi32(words, 4), halves, table, kAndOr)};
+}
+
+template <Chunk kChunk>
+void load_chunk(const uint32_t* const* rows, int64_t word, int count, uint32_t* chunk) {
+  constexpr int kStride = kChunk == Chunk::kWords ? kPanelRows : kHalves * kPanelRows;
   for (int v = 0; v < kVectors; ++v) {
     __m512i w[16];
     transpose_16x16(rows + v * kLanes, word, count, w);
     uint32_t* out = chunk + v * kLanes;
-    for (int i = 0; i < 16; ++i, out += kHalves * kPanelRows) {
-      _mm512_store_si512(out, _mm512_ternarylogic_epi32(w[i], nibbles, table, kAndOr));
-      const __m512i high = _mm512_srli_epi32(w[i], 4);
-      _mm512_store_si512(out + kPanelRows, _mm512_ternarylogic_epi32(high, nibbles, table, kAndOr));
+    for (int i = 0; i < 16; ++i, out += kStride) {
+      if constexpr (kChunk == Chunk::kWords) {
+        _mm512_store_si512(out, w[i]);
+      } else {
+        const Indices both = indices(w[i]);
+        _mm512_store_si512(out, both.low);
+        _mm512_store_si512(out + kPanelRows, both.high);
+      }
     }
   }
+}
+
+template <Chunk kChunk>
+Indices load_indices(const uint32_t* chunk) {
+  if constexpr (kChunk == Chunk::kWords) return indices(load_once(chunk));
+  return {load_once(chunk), load_once(chunk + kPanelRows)};
 }
 
 // Bit j of group g of a word adds values[4 g + j] to base[4 g].
@@ -117,7 +138,7 @@ float tabulate(const float* x, int64_t words, void* tables) {
 }
 
 // sums[l * kPanelRows + r]: limb l of row r.
-template <int kLimbs>
+template <int kLimbs, Chunk kChunk>
 void accumulate(const uint32_t* chunk, int words, const void* tables, int64_t stride, int64_t tokens, void* sums) {
   const __m512i ones = _mm512_set1_epi8(1);
   for (int64_t t = 0; t < tokens; ++t) {
@@ -127,19 +148,19 @@ void accumulate(const uint32_t* chunk, int words, const void* tables, int64_t st
     for (int l = 0; l < kLimbs; ++l) {
       for (int v = 0; v < kVectors; ++v) s[l][v] = _mm512_load_si512(sum + l * kPanelRows + v * kLanes);
     }
-    const uint32_t* index = chunk;
-    for (int i = 0; i < words; ++i, index += kHalves * kPanelRows, table += kHalves * kLimbs * kTable) {
+    const uint32_t* from = chunk;
+    constexpr int kStride = kChunk == Chunk::kWords ? kPanelRows : kHalves * kPanelRows;
+    for (int i = 0; i < words; ++i, from += kStride, table += kHalves * kLimbs * kTable) {
       __m512i low[kLimbs], high[kLimbs];
       for (int l = 0; l < kLimbs; ++l) {
         low[l] = load_once(table + l * kTable);
         high[l] = load_once(table + (kLimbs + l) * kTable);
       }
       for (int v = 0; v < kVectors; ++v) {
-        const __m512i in_low = load_once(index + v * kLanes);
-        const __m512i in_high = load_once(index + kPanelRows + v * kLanes);
+        const Indices in = load_indices<kChunk>(from + v * kLanes);
         for (int l = 0; l < kLimbs; ++l) {
           const __m512i found =
-              _mm512_add_epi8(_mm512_permutexvar_epi8(in_low, low[l]), _mm512_permutexvar_epi8(in_high, high[l]));
+              _mm512_add_epi8(_mm512_permutexvar_epi8(in.low, low[l]), _mm512_permutexvar_epi8(in.high, high[l]));
           s[l][v] =
               l + 1 < kLimbs ? _mm512_dpbusd_epi32(s[l][v], found, ones) : _mm512_dpbusd_epi32(s[l][v], ones, found);
         }
@@ -171,25 +192,29 @@ void finish(const void* sums, float factor, float* dots) {
   }
 }
 
-template <Format kFormat, int kLimbs>
+template <Format kFormat, int kLimbs, Chunk kChunk>
 constexpr LookupKernels<float> kKernels{
     .table_bytes = kHalves * kLimbs * kTable,
     .sum_bytes = kLimbs * kPanelRows * sizeof(int32_t),
     .tabulate = tabulate<kFormat, kLimbs>,
-    .load = load_chunk,
-    .accumulate = accumulate<kLimbs>,
+    .load = load_chunk<kChunk>,
+    .accumulate = accumulate<kLimbs, kChunk>,
     .finish = finish<kLimbs>,
 };
+
+template <Format kFormat, int kLimbs>
+const LookupKernels<float>& kernels(int64_t M) {
+  return M == 1 ? kKernels<kFormat, kLimbs, Chunk::kWords> : kKernels<kFormat, kLimbs, Chunk::kIndices>;
+}
 
 }  // namespace
 
 // Three limbs are steps of at most 2^-16 of a token's largest activation, where bf16 rounds to 2^-9 of each; four
 // hold an fp32 value as large as the largest exactly.
-const LookupKernels<float>& lookup_avx512(Format format, DType dtype) {
-  if (format == Format::kSign) {
-    return dtype == DType::kBFloat16 ? kKernels<Format::kSign, 3> : kKernels<Format::kSign, 4>;
-  }
-  return dtype == DType::kBFloat16 ? kKernels<Format::kTernary, 3> : kKernels<Format::kTernary, 4>;
+const LookupKernels<float>& lookup_avx512(Format format, DType dtype, int64_t M) {
+  const bool short_ones = dtype == DType::kBFloat16;
+  if (format == Format::kSign) return short_ones ? kernels<Format::kSign, 3>(M) : kernels<Format::kSign, 4>(M);
+  return short_ones ? kernels<Format::kTernary, 3>(M) : kernels<Format::kTernary, 4>(M);
 }
 
 }  // namespace bitkernels::cpu
