@@ -72,16 +72,16 @@ __m512i minus_sums_of_four(__m512i v) {
 }
 
 template <Format kFormat>
-BitValues bit_values(const float* x, __m512 scale) {
+BitValues bit_values(const float* x, __m512 shift) {
   BitValues bits;
   if constexpr (kFormat == Format::kSign) {  // 2 b - 1
     for (int i = 0; i < kSignsPerWord; i += kLanes) {
-      const __m512i v = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + i), scale));
+      const __m512i v = _mm512_cvtps_epi32(_mm512_scalef_ps(_mm512_loadu_ps(x + i), shift));
       _mm512_store_si512(bits.values + i, _mm512_add_epi32(v, v));
       _mm512_store_si512(bits.base + i, minus_sums_of_four(v));
     }
   } else {  // 2 b1 + b0 - 1
-    const __m512i v = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x), scale));
+    const __m512i v = _mm512_cvtps_epi32(_mm512_scalef_ps(_mm512_loadu_ps(x), shift));
     const __m512i pairs = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
     for (int i = 0; i < 2; ++i) {
       const __m512i twice = _mm512_permutexvar_epi32(_mm512_add_epi32(pairs, _mm512_set1_epi32(8 * i)), v);
@@ -102,8 +102,8 @@ uint32_t largest_bits(const float* x, int64_t n) {
   return _mm512_reduce_max_epu32(largest);
 }
 
-// 2^e for -126 <= e <= 127.
-float power_of_two(int e) { return __builtin_bit_cast(float, static_cast<uint32_t>(e + 127) << 23); }
+// 2^e for -149 <= e <= 127.
+float power_of_two(int e) { return _mm_cvtss_f32(_mm_scalef_ss(_mm_set_ss(1), _mm_set_ss(static_cast<float>(e)))); }
 
 template <Format kFormat, int kLimbs>
 float tabulate(const float* x, int64_t words, void* tables) {
@@ -112,13 +112,13 @@ float tabulate(const float* x, int64_t words, void* tables) {
   constexpr int kPerWord = per_word(kFormat);
   const uint32_t largest = largest_bits(x, words * kPerWord);
   const bool finite = largest < 0x7f800000u;
-  // Below 2^exponent all magnitudes; small ones share a step, which must be a normal number, and so must its inverse.
+  // All magnitudes are below 2^exponent; the step, 2^(exponent - kBits), is no less than fp32 can hold.
   const int own = static_cast<int>(largest >> 23) - 126;
-  const int exponent = !finite ? 0 : own > kBits - 126 ? own : kBits - 126;
-  const __m512 scale = _mm512_set1_ps(power_of_two(kBits - exponent));
+  const int exponent = !finite ? 0 : own > kBits - 149 ? own : kBits - 149;
+  const __m512 shift = _mm512_set1_ps(static_cast<float>(kBits - exponent));
   uint8_t* out = static_cast<uint8_t*>(tables);
   for (int64_t i = 0; i < words; ++i, out += kHalves * kLimbs * kTable) {
-    const BitValues bits = bit_values<kFormat>(x + i * kPerWord, scale);
+    const BitValues bits = bit_values<kFormat>(x + i * kPerWord, shift);
     for (int g = 0; g < kGroups; ++g) {
       constexpr __mmask16 kBitOfLane[] = {0xaaaa, 0xcccc, 0xf0f0, 0xff00};
       __m512i entries = _mm512_set1_epi32(bits.base[4 * g]);
