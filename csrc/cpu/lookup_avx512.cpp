@@ -92,6 +92,28 @@ BitValues bit_values(const float* x, __m512 shift) {
   return bits;
 }
 
+// The 16 entries of a group: lane l of 128 bits holds limb l of each.
+template <int kLimbs>
+__m512i entries_by_limb(const BitValues& bits, int group) {
+  constexpr __mmask16 kLanesWithBit[] = {0xaaaa, 0xcccc, 0xf0f0, 0xff00};
+  __m512i entries = _mm512_set1_epi32(bits.base[4 * group]);
+  for (int j = 0; j < 4; ++j) {
+    const __m512i value = _mm512_set1_epi32(bits.values[4 * group + j]);
+    entries = _mm512_mask_add_epi32(entries, kLanesWithBit[j], entries, value);
+  }
+  // The last limb has the sign, the others are cut off at kLimbBits.
+  constexpr int64_t kLimbAt[] = {0, kLimbBits, 2 * kLimbBits, 3 * kLimbBits};
+  constexpr int64_t kStarts = kLimbAt[0] | kLimbAt[1] << 8 | kLimbAt[2] << 16 | kLimbAt[3] << 24;
+  const __m512i starts = _mm512_set1_epi64(kStarts | (kStarts + 0x20202020) << 32);
+  const __m512i kept = _mm512_set1_epi32(kLimbs == 3 ? 0x00ff7f7f : 0xff7f7f7f);
+  const __m512i limbs = _mm512_and_si512(_mm512_multishift_epi64_epi8(starts, entries), kept);
+  const __m512i bytes = _mm512_set_epi32(0x3f3b3733, 0x2f2b2723, 0x1f1b1713, 0x0f0b0703,   // limb 3
+                                         0x3e3a3632, 0x2e2a2622, 0x1e1a1612, 0x0e0a0602,   // limb 2
+                                         0x3d393531, 0x2d292521, 0x1d191511, 0x0d090501,   // limb 1
+                                         0x3c383430, 0x2c282420, 0x1c181410, 0x0c080400);  // limb 0
+  return _mm512_permutexvar_epi8(bytes, limbs);
+}
+
 // The largest magnitude of n values, n a multiple of 16, as bits: NaN exceeds infinity.
 uint32_t largest_bits(const float* x, int64_t n) {
   __m512i largest = _mm512_setzero_si512();
@@ -117,21 +139,13 @@ float tabulate(const float* x, int64_t words, void* tables) {
   const int exponent = !finite ? 0 : own > kBits - 149 ? own : kBits - 149;
   const __m512 shift = _mm512_set1_ps(static_cast<float>(kBits - exponent));
   uint8_t* out = static_cast<uint8_t*>(tables);
-  for (int64_t i = 0; i < words; ++i, out += kHalves * kLimbs * kTable) {
+  for (int64_t i = 0; i < words; ++i) {
     const BitValues bits = bit_values<kFormat>(x + i * kPerWord, shift);
-    for (int g = 0; g < kGroups; ++g) {
-      constexpr __mmask16 kBitOfLane[] = {0xaaaa, 0xcccc, 0xf0f0, 0xff00};
-      __m512i entries = _mm512_set1_epi32(bits.base[4 * g]);
-      for (int j = 0; j < 4; ++j) {
-        entries = _mm512_mask_add_epi32(entries, kBitOfLane[j], entries, _mm512_set1_epi32(bits.values[4 * g + j]));
-      }
-      uint8_t* table = out + g % kHalves * kLimbs * kTable + g / kHalves * 16;
-      for (int l = 0; l < kLimbs; ++l, entries = _mm512_srai_epi32(entries, kLimbBits)) {
-        // The last limb has the sign.
-        const __m512i limb =
-            l + 1 < kLimbs ? _mm512_and_si512(entries, _mm512_set1_epi32((1 << kLimbBits) - 1)) : entries;
-        _mm_store_si128(reinterpret_cast<__m128i*>(table + l * kTable), _mm512_cvtepi32_epi8(limb));
-      }
+    for (int half = 0; half < kHalves; ++half, out += kLimbs * kTable) {
+      __m512i by_group[16], by_limb[16];  // every fourth is used
+      for (int q = 0; q < 4; ++q) by_group[4 * q] = entries_by_limb<kLimbs>(bits, kHalves * q + half);
+      transpose_lanes(by_group, by_limb);
+      for (int l = 0; l < kLimbs; ++l) _mm512_store_si512(out + l * kTable, by_limb[4 * l]);
     }
   }
   return finite ? power_of_two(exponent - kBits) : __builtin_nanf("");
