@@ -126,10 +126,25 @@ class Rounds:
         return {"us": round(median, 3), "p20": round(p20, 3), "p80": round(p80, 3)}
 
 
-def compare(benchmark, device: str, ours: Contender, peers: list[Contender | Absent], flops: float) -> dict:
-    """Times ours through pytest-benchmark, the peers between its rounds, and returns a row of results."""
+def memory_read() -> Contender:
+    """A sum over a gigabyte of integers, which takes as long as memory takes to deliver them."""
+    buffer = torch.ones(2**27, dtype=torch.int64)
+    return Contender("memory read", lambda: buffer.sum, nbytes(buffer))
+
+
+def compare(
+    benchmark, device: str, ours: Contender, peers: list[Contender | Absent], flops: float, weight_bytes: int = 0
+) -> dict:
+    """Times ours through pytest-benchmark, the peers between its rounds, and returns a row of results.
+
+    On a CPU a row with ``weight_bytes`` also tells the bandwidth of reading memory, measured between the same rounds,
+    and how many per cent of it the weights alone make.
+    """
     mine = Rounds(ours, device)
     others = {p.name: Rounds(p, device) for p in peers if isinstance(p, Contender)}
+    read = memory_read() if weight_bytes and device == "cpu" else None
+    if read:
+        others[read.name] = Rounds(read, device)
     for rounds in (mine, *others.values()):  # a first round warms up
         rounds.round()
         rounds.times.clear()
@@ -138,10 +153,14 @@ def compare(benchmark, device: str, ours: Contender, peers: list[Contender | Abs
         for rounds in others.values():
             rounds.round()
 
-    benchmark.pedantic(mine.round, setup=peers_round, rounds=20 if device == "cuda" else 5, iterations=1)
+    benchmark.pedantic(mine.round, setup=peers_round, rounds=20 if device == "cuda" else 9, iterations=1)
     row = mine.summary()
     row["GB/s"] = round(ours.nbytes / row["us"] / 1e3, 1)
     row["TFLOP/s"] = round(flops / row["us"] / 1e6, 3)
+    if read:
+        bandwidth = read.nbytes / others[read.name].summary()["us"]
+        row["read GB/s"] = round(bandwidth / 1e3, 1)
+        row["% of read"] = round(100 * weight_bytes / row["us"] / bandwidth, 1)
     row["peers"] = {}
     for peer in peers:
         if isinstance(peer, Absent):
