@@ -76,9 +76,8 @@ class Rounds:
     """Times a contender round by round; ``times`` holds the microseconds of one call."""
 
     def __init__(self, contender: Contender, device: str):
-        copies = max(4, min(512, math.ceil(4 * cache_bytes(device) / contender.nbytes)))
-        if device == "cpu":
-            copies = self._affordable(contender.make(), copies)
+        copies = min(512, math.ceil(4 * cache_bytes(device) / contender.nbytes))
+        copies = self._affordable(contender.make(), copies) if device == "cpu" else max(4, copies)
         self.calls = [contender.make() for _ in range(copies)]
         self.times: list[float] = []
         self.round = self._cpu_round if device == "cpu" else self._gpu_round

@@ -54,7 +54,7 @@ struct LookupMatmul {
   Scale<T> in_scale, in_shift, out_scale, out_shift;
   const T* bias;  // [N] or null
   int64_t M, N, K;
-  // Where not null: reductions over the tokens, by blocks of block_tokens(),
+  // Where not null: reductions over the tokens, by blocks of lookup_block_tokens(),
   //   left_dots[b, n] = sum_m left[m, n] * (sum_k w[n, k] in_scale[k] x[m, k]),
   //   left_sums[b, n] = sum_m left[m, n] * (sum_k in_shift[k] x[m, k]).
   const void* left;  // [M, N] dtype

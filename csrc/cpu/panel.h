@@ -29,10 +29,10 @@ template <typename F>
 [[maybe_unused]] static void for_each_chunk(const uint32_t* w, int64_t N, int64_t words, int64_t n0, const F& f) {
   const uint32_t* rows[kPanelRows];
   for (int64_t r = 0; r < kPanelRows; ++r) rows[r] = w + std::min(n0 + r, N - 1) * words;
-  const uint32_t* next = w + (n0 + 2 * kPanelRows <= N ? n0 + kPanelRows : n0) * words;
-  const int64_t ahead = n0 + kPanelRows <= N ? kPanelRows : 0;
+  const int64_t next_rows = std::clamp<int64_t>(N - n0 - kPanelRows, 0, kPanelRows);
+  const uint32_t* next = rows[0] + kPanelRows * words;
   for (int64_t word = 0; word < words; word += kChunkWords) {
-    for (int64_t i = 0; i < ahead; ++i) __builtin_prefetch(next + word * kPanelRows + i * kChunkWords, 0, 2);
+    for (int64_t i = 0; i < next_rows; ++i) __builtin_prefetch(next + word * next_rows + i * kChunkWords, 0, 2);
     f(rows, word, static_cast<int>(std::min<int64_t>(kChunkWords, words - word)));
   }
 }
