@@ -1,7 +1,6 @@
 """ternary_linear, with 16/32-bit and with int8 activations, against the bf16 layer it replaces."""
 
 import peers
-import pytest
 import torch
 import torch.nn.functional as F
 from harness import LAYERS, Contender, device_of, nbytes, on_copies, verify
@@ -13,13 +12,15 @@ from bitkernels import reference
 def pytest_generate_tests(metafunc):
     cuda = device_of(metafunc.config) == "cuda"
     metafunc.parametrize("layer", ["780M in_proj", "2.7B in_proj", "2.7B out_proj"] if cuda else ["2.7B in_proj"])
-    metafunc.parametrize("M", [1, 8, 32, 128, 1024, 4096] if cuda else [1, 32])
+    metafunc.parametrize("M", [1, 8, 32, 128, 1024, 4096] if cuda else [1, 8, 32, 512])
+    activations = [(torch.bfloat16, None), (torch.bfloat16, 8)]
+    if not cuda:
+        activations = [(torch.float32, None), (torch.bfloat16, None), (torch.float32, 8)]
+    metafunc.parametrize(("dtype", "act_bits"), activations, ids=str)
 
 
-@pytest.mark.parametrize("act_bits", [None, 8])
-def test_ternary_linear(layer, M, act_bits, device, compare):
+def test_ternary_linear(layer, M, dtype, act_bits, device, compare):
     N, K = LAYERS[layer]
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
     x = torch.randn(M, K, device=device).to(dtype)
     w = torch.randint(-1, 2, (N, K), device=device, dtype=torch.int8)
     w_packed, scale = bitkernels.pack_ternary(w), torch.full((1,), K**-0.5, device=device)
@@ -34,10 +35,12 @@ def test_ternary_linear(layer, M, act_bits, device, compare):
     args = (x, w_packed, scale)
     ours = Contender("bitkernels", on_copies(bitkernels.ternary_linear, *args, act_bits=act_bits), nbytes(*args, y))
     others = [peers.dense_linear(x.bfloat16(), dense.bfloat16(), y.bfloat16())]
+    if device == "cpu":
+        others.append(peers.dense_linear(x.float(), dense, y.float()))
     if layer == "2.7B in_proj" and M in (1, 32) and act_bits is None:  # GemLite tunes for 10 to 20 s a shape
         others.append(peers.gemlite_linear("GemLite 2-bit", 2, x, (w + 1).to(torch.uint8), scale.view(1, 1), 1.0))
     name = f"{layer}, M={M}, {'int8' if act_bits else str(dtype).removeprefix('torch.')} activations"
     compare(
-        name, ours, others, 2 * M * N * K, shape=[M, N, K], dtype=str(dtype),
-        headline=layer == "2.7B in_proj" and M in (1, 128) and act_bits == 8,
+        name, ours, others, 2 * M * N * K, shape=[M, N, K], dtype=str(dtype), weight_bytes=nbytes(w_packed),
+        headline=layer == "2.7B in_proj" and M in ((1, 128) if device == "cuda" else (1, 8, 512)) and act_bits == 8,
     )  # fmt: skip

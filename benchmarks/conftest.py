@@ -35,8 +35,9 @@ def seed():
 def compare(benchmark, device, request):
     """Times ours against its peers and keeps the row under the name of the benchmark's file."""
 
-    def run(name: str, ours, peers, flops: float, headline: bool = False, **columns):
-        row = {"case": name, **columns, **harness.compare(benchmark, device, ours, peers, flops), "headline": headline}
+    def run(name: str, ours, peers, flops: float, headline: bool = False, weight_bytes: int = 0, **columns):
+        timed = harness.compare(benchmark, device, ours, peers, flops, weight_bytes)
+        row = {"case": name, **columns, **timed, "headline": headline}
         benchmark.extra_info.update(row)
         _rows.setdefault(_operator(request.node), []).append(row)
         return row

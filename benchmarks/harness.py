@@ -2,8 +2,8 @@
 
 A contender is timed over copies of its inputs that together exceed the cache several times, so weights come
 from memory, as they do in a model. On a GPU the calls on all copies form one CUDA graph; its replays are timed
-with events. On a CPU they run one after the other. Rounds of the contenders alternate, so that a machine that
-slows down slows all of them.
+with events. On a CPU they run one after the other and each is timed, so that a call that was interrupted is one
+sample and not a share of all. Rounds of the contenders alternate, so that a machine that slows down slows all of them.
 """
 
 import gc
@@ -77,9 +77,8 @@ class Rounds:
     """Times a contender round by round; ``times`` holds the microseconds of one call."""
 
     def __init__(self, contender: Contender, device: str):
-        copies = max(4, min(512, math.ceil(4 * cache_bytes(device) / contender.nbytes)))
-        if device == "cpu":
-            copies = self._affordable(contender.make(), copies)
+        copies = min(512, math.ceil(4 * cache_bytes(device) / contender.nbytes))
+        copies = self._affordable(contender.make(), copies) if device == "cpu" else max(4, copies)
         self.calls = [contender.make() for _ in range(copies)]
         self.times: list[float] = []
         self.round = self._cpu_round if device == "cpu" else self._gpu_round
@@ -122,10 +121,10 @@ class Rounds:
         self.times.append(1e3 * self.begin.elapsed_time(self.end) / len(self.calls))
 
     def _cpu_round(self) -> None:
-        begin = time.perf_counter()
         for call in self.calls:
+            begin = time.perf_counter()
             call()
-        self.times.append(1e6 * (time.perf_counter() - begin) / len(self.calls))
+            self.times.append(1e6 * (time.perf_counter() - begin))
 
     def summary(self) -> dict:
         times = torch.tensor(self.times, dtype=torch.float64)
@@ -133,10 +132,25 @@ class Rounds:
         return {"us": round(median, 3), "p20": round(p20, 3), "p80": round(p80, 3)}
 
 
-def compare(benchmark, device: str, ours: Contender, peers: list[Contender | Absent], flops: float) -> dict:
-    """Times ours through pytest-benchmark, the peers between its rounds, and returns a row of results."""
+def memory_read() -> Contender:
+    """A sum over a gigabyte of integers, which takes as long as memory takes to deliver them."""
+    buffer = torch.ones(2**27, dtype=torch.int64)
+    return Contender("memory read", lambda: buffer.sum, nbytes(buffer))
+
+
+def compare(
+    benchmark, device: str, ours: Contender, peers: list[Contender | Absent], flops: float, weight_bytes: int = 0
+) -> dict:
+    """Times ours through pytest-benchmark, the peers between its rounds, and returns a row of results.
+
+    On a CPU a row with ``weight_bytes`` also tells the bandwidth of reading memory, measured between the same rounds,
+    and how many per cent of it the weights alone make.
+    """
     mine = Rounds(ours, device)
     others = {p.name: Rounds(p, device) for p in peers if isinstance(p, Contender)}
+    read = memory_read() if weight_bytes and device == "cpu" else None
+    if read:
+        others[read.name] = Rounds(read, device)
     for rounds in (mine, *others.values()):  # a first round warms up
         rounds.round()
         rounds.times.clear()
@@ -149,6 +163,10 @@ def compare(benchmark, device: str, ours: Contender, peers: list[Contender | Abs
     row = mine.summary()
     row["GB/s"] = round(ours.nbytes / row["us"] / 1e3, 1)
     row["TFLOP/s"] = round(flops / row["us"] / 1e6, 3)
+    if read:
+        bandwidth = read.nbytes / others[read.name].summary()["us"]
+        row["read GB/s"] = round(bandwidth / 1e3, 1)
+        row["% of read"] = round(100 * weight_bytes / row["us"] / bandwidth, 1)
     row["peers"] = {}
     for peer in peers:
         if isinstance(peer, Absent):

@@ -184,6 +184,7 @@ py::dict cpu_features() {
   report["avx512vl"] = __builtin_cpu_supports("avx512vl") != 0;
   report["avx512dq"] = __builtin_cpu_supports("avx512dq") != 0;
   report["avx512vnni"] = __builtin_cpu_supports("avx512vnni") != 0;
+  report["avx512vbmi"] = __builtin_cpu_supports("avx512vbmi") != 0;
 #endif
   return report;
 }

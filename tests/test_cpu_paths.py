@@ -7,7 +7,8 @@ import sys
 
 import pytest
 import torch
-from helpers import assert_close
+import torch.nn.functional as F
+from helpers import assert_close, rms_error
 
 from bitkernels import reference
 
@@ -138,6 +139,97 @@ def test_bits_do_not_depend_on_threads(path):
         torch.set_num_threads(threads)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+# Panels hold 64 rows, chunks 16 words of each: 512 signs or 256 ternary codes.
+BORDERS = ((64, 511), (65, 513), (63, 255), (129, 257), (2, 1056))
+
+
+def pack(op, N, K):
+    if op == "packed_linear":
+        return reference.pack_sign(torch.randn(N, K))
+    return reference.pack_ternary(torch.randint(-1, 2, (N, K)))
+
+
+def call(op, x, w_packed):
+    """packed_linear with row scales, or ternary_linear."""
+    N = w_packed.shape[0]
+    if op == "packed_linear":
+        return ops.packed_linear(x, w_packed, torch.full((N, 1), 0.5), torch.full((N, 1), 0.25))
+    return ops.ternary_linear(x, w_packed, torch.full((1,), 0.5), None, 8 if op == "int8" else None)
+
+
+@pytest.mark.parametrize("op", ["packed_linear", "ternary_linear", "int8"])
+@pytest.mark.parametrize(("N", "K"), BORDERS)
+def test_a_token_does_not_depend_on_the_others(path, N, K, op):
+    w_packed = pack(op, N, K)
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.randn(129, K).to(dtype)
+        alone = torch.cat([call(op, row[None], w_packed) for row in x])
+        for M in (2, 3, 4, 5, 8, 9, 16, 17, 63, 64, 65, 128, 129):
+            assert torch.equal(call(op, x[:M], w_packed), alone[:M]), f"M={M}, {dtype}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("outlier", [10, 1000])
+@pytest.mark.parametrize("op", ["packed_linear", "ternary_linear"])
+def test_an_outlier_costs_no_accuracy(path, op, outlier, dtype):
+    N, K = 256, 2560
+    w_packed = pack(op, N, K)
+    dense = call(op, torch.eye(K), w_packed).t()  # of values exact in every dtype
+    x = torch.randn(4, K)
+    x[:, 7] = outlier
+    x = x.to(dtype)
+    ref = F.linear(x.double(), dense.double())
+    error = rms_error(call(op, x, w_packed), ref)
+    assert error <= (1e-5 if dtype == torch.float32 else 1.1 * rms_error(F.linear(x, dense.to(dtype)), ref))
+
+
+@pytest.mark.parametrize("exponent", [-110, -60, 60, 110])
+@pytest.mark.parametrize("op", ["packed_linear", "ternary_linear"])
+def test_powers_of_two_scale_results_exactly(path, op, exponent):
+    x, w_packed = torch.randn(3, 100), pack(op, 70, 100)
+    assert torch.equal(call(op, x * 2.0**exponent, w_packed), call(op, x, w_packed) * 2.0**exponent)
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+@pytest.mark.parametrize("op", ["packed_linear", "ternary_linear"])
+def test_infinity_and_nan_stay_in_their_token(path, op, value):
+    x, w_packed = torch.randn(4, 100), pack(op, 70, 100)
+    expected = call(op, x, w_packed)
+    x[2, 50] = value
+    y = call(op, x, w_packed)
+    assert torch.equal(y[[0, 1, 3]], expected[[0, 1, 3]])
+    assert not y[2].isfinite().any()
+
+
+@pytest.mark.parametrize("words", [1 << 14, (1 << 14) + 1])
+@pytest.mark.parametrize("op", ["packed_linear", "ternary_linear"])
+def test_sums_of_very_long_rows_do_not_overflow(path, op, words):
+    """Every term as large as it can be and of one sign: integer sums reach their bounds."""
+    K = words * (32 if op == "packed_linear" else 16)
+    largest_mantissa = 2 - 2.0**-23
+    x = torch.stack([torch.full((K,), largest_mantissa), torch.full((K,), -largest_mantissa)])
+    ones = torch.ones(2, K)
+    w_packed = reference.pack_sign(ones) if op == "packed_linear" else reference.pack_ternary(ones)
+    scale = 0.75 if op == "packed_linear" else 0.5
+    y = call(op, x, w_packed)
+    assert_close("y", y, torch.tensor([[1.0, 1.0], [-1.0, -1.0]]).double() * K * largest_mantissa * scale)
+
+
+@pytest.mark.parametrize("M", [1, 9])
+@pytest.mark.parametrize("op", ["packed_linear", "ternary_linear", "int8"])
+def test_bits_do_not_depend_on_threads_at_few_tokens(path, op, M):
+    x, w_packed = torch.randn(M, 1000), pack(op, 777, 1000)
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(call(op, x, w_packed))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
 
 
 def test_unknown_path():

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "kernels.h"
+#include "panel.h"
 
 namespace bitkernels::cpu {
 
@@ -13,11 +14,11 @@ constexpr uint32_t kPlaneMask = 0x03030303u;  // the lowest code of every byte
 constexpr int kPlanes = 4;
 
 struct Int8Kernels {
-  int block_tokens;  // tokens accumulate() handles at once
-  // dots[t * kPanelRows + r] = sum of code * activation of row r and token t < tokens <= block_tokens; the
-  // activations of a token are q_stride apart. `next` points at the weights to come.
-  void (*accumulate)(const uint32_t* panel, int64_t words, const int8_t* q, int64_t q_stride, int tokens, int32_t* dots,
-                     const uint32_t* next);
+  LoadChunk load;
+  // dots[t * kPanelRows + r] += sum of code * activation over a chunk of `words` words of row r, for each token;
+  // the activations of a token are q_stride apart.
+  void (*accumulate)(const uint32_t* chunk, int words, const int8_t* q, int64_t q_stride, int64_t tokens,
+                     int32_t* dots);
 };
 
 // Defined in int8_dot_<path>.cpp, to be called on machines with that instruction set alone.

@@ -2,7 +2,6 @@
 #include <immintrin.h>
 
 #include "int8_dot.h"
-#include "panel.h"
 
 namespace bitkernels::cpu {
 namespace {
@@ -13,7 +12,7 @@ constexpr int kRows = kVectors * kLanes;
 
 // A 16-bit lane takes two products a plane, each of magnitude 3 * 128 at most even for the invalid code 3:
 // 8 words of 4 planes stay within 24576.
-constexpr int64_t kWordsIn16Bits = 8;
+constexpr int kWordsIn16Bits = 8;
 
 __m256i broadcast(const int8_t* four) {
   int32_t value;
@@ -22,24 +21,24 @@ __m256i broadcast(const int8_t* four) {
 }
 
 template <int kTokens>
-void accumulate_tokens(const uint32_t* panel, int64_t words, const int8_t* q, int64_t stride, int32_t* dots,
-                       const uint32_t* next) {
+void accumulate_tokens(const uint32_t* chunk, int words, const int8_t* q, int64_t stride, int32_t* dots) {
   const __m256i mask = _mm256_set1_epi32(kPlaneMask), ones = _mm256_set1_epi16(1);
   __m256i sums[kTokens][kVectors];
   for (int t = 0; t < kTokens; ++t) {
-    for (int v = 0; v < kVectors; ++v) sums[t][v] = _mm256_setzero_si256();
+    for (int v = 0; v < kVectors; ++v) {
+      sums[t][v] = _mm256_load_si256(reinterpret_cast<const __m256i*>(dots + t * kPanelRows + v * kLanes));
+    }
   }
-  for (int64_t i = 0; i < words;) {
-    const int64_t end = words - i < kWordsIn16Bits ? words : i + kWordsIn16Bits;
+  for (int i = 0; i < words;) {
+    const int end = words - i < kWordsIn16Bits ? words : i + kWordsIn16Bits;
     __m256i narrow[kTokens][kVectors];
     for (int t = 0; t < kTokens; ++t) {
       for (int v = 0; v < kVectors; ++v) narrow[t][v] = _mm256_setzero_si256();
     }
-    for (; i < end; ++i, panel += kPanelRows, next += kRows, q += kTernaryPerWord) {
-      for (int line = 0; line < kRows; line += 16) _mm_prefetch(next + line, _MM_HINT_T0);
+    for (; i < end; ++i, chunk += kPanelRows, q += kTernaryPerWord) {
       __m256i w[kVectors];
       for (int v = 0; v < kVectors; ++v) {
-        w[v] = _mm256_load_si256(reinterpret_cast<const __m256i*>(panel + v * kLanes));
+        w[v] = _mm256_load_si256(reinterpret_cast<const __m256i*>(chunk + v * kLanes));
       }
 #pragma GCC unroll 4
       for (int j = 0; j < kPlanes; ++j) {
@@ -66,16 +65,17 @@ void accumulate_tokens(const uint32_t* panel, int64_t words, const int8_t* q, in
   }
 }
 
-void accumulate(const uint32_t* panel, int64_t words, const int8_t* q, int64_t stride, int tokens, int32_t* dots,
-                const uint32_t* next) {
-  const auto kernel = tokens == 1 ? accumulate_tokens<1> : accumulate_tokens<2>;
-  for (int r = 0; r < kPanelRows; r += kRows) {
-    kernel(panel + r, words, q, stride, dots + r, next + r * words);
+void accumulate(const uint32_t* chunk, int words, const int8_t* q, int64_t stride, int64_t tokens, int32_t* dots) {
+  for (int64_t t = 0; t < tokens; t += 2) {
+    const auto kernel = t + 1 < tokens ? accumulate_tokens<2> : accumulate_tokens<1>;
+    for (int r = 0; r < kPanelRows; r += kRows) {
+      kernel(chunk + r, words, q + t * stride, stride, dots + t * kPanelRows + r);
+    }
   }
 }
 
 }  // namespace
 
-const Int8Kernels int8_dot_avx2{2, accumulate};
+const Int8Kernels int8_dot_avx2{transpose_chunk_avx2, accumulate};
 
 }  // namespace bitkernels::cpu

@@ -2,13 +2,21 @@
 #include <immintrin.h>
 
 #include "int8_dot.h"
-#include "panel.h"
+#include "registers_avx512.h"
 
 namespace bitkernels::cpu {
 namespace {
 
-constexpr int kLanes = 16;
 constexpr int kVectors = kPanelRows / kLanes;
+constexpr int kTokens = 4;  // whose sums fit in registers, with room for a plane
+
+void load_chunk(const uint32_t* const* rows, int64_t word, int count, uint32_t* chunk) {
+  for (int v = 0; v < kVectors; ++v) {
+    __m512i w[16];
+    transpose_16x16(rows + v * kLanes, word, count, w);
+    for (int i = 0; i < 16; ++i) _mm512_store_si512(chunk + i * kPanelRows + v * kLanes, w[i]);
+  }
+}
 
 __m512i broadcast(const int8_t* four) {
   int32_t value;
@@ -16,48 +24,53 @@ __m512i broadcast(const int8_t* four) {
   return _mm512_set1_epi32(value);
 }
 
-template <int kTokens>
-void accumulate_tokens(const uint32_t* panel, int64_t words, const int8_t* q, int64_t stride, int32_t* dots,
-                       const uint32_t* next) {
+template <int kCount>
+void accumulate_tokens(const uint32_t* chunk, int words, const int8_t* q, int64_t stride, int32_t* dots) {
   const __m512i mask = _mm512_set1_epi32(kPlaneMask);
-  __m512i sums[kTokens][kVectors];
-  for (int t = 0; t < kTokens; ++t) {
-    for (int v = 0; v < kVectors; ++v) sums[t][v] = _mm512_setzero_si512();
+  __m512i sums[kCount][kVectors];
+#pragma GCC unroll 4
+  for (int t = 0; t < kCount; ++t) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) sums[t][v] = _mm512_load_si512(dots + t * kPanelRows + v * kLanes);
   }
-  for (int64_t i = 0; i < words; ++i, panel += kPanelRows, next += kPanelRows, q += kTernaryPerWord) {
-    for (int line = 0; line < kPanelRows; line += 16) _mm_prefetch(next + line, _MM_HINT_T0);
+  for (int i = 0; i < words; ++i, chunk += kPanelRows, q += kTernaryPerWord) {
     __m512i w[kVectors];
-    for (int v = 0; v < kVectors; ++v) w[v] = _mm512_load_si512(panel + v * kLanes);
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) w[v] = load_once(chunk + v * kLanes);
 #pragma GCC unroll 4
     for (int j = 0; j < kPlanes; ++j) {
       __m512i plane[kVectors];
+#pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) {
         plane[v] = _mm512_and_si512(w[v], mask);
         w[v] = _mm512_srli_epi32(w[v], 2);
       }
-      for (int t = 0; t < kTokens; ++t) {
+#pragma GCC unroll 4
+      for (int t = 0; t < kCount; ++t) {
         const __m512i activations = broadcast(q + t * stride + 4 * j);
+#pragma GCC unroll 4
         for (int v = 0; v < kVectors; ++v) sums[t][v] = _mm512_dpbusd_epi32(sums[t][v], plane[v], activations);
       }
     }
   }
-  for (int t = 0; t < kTokens; ++t) {
+#pragma GCC unroll 4
+  for (int t = 0; t < kCount; ++t) {
+#pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) _mm512_store_si512(dots + t * kPanelRows + v * kLanes, sums[t][v]);
   }
 }
 
-void accumulate(const uint32_t* panel, int64_t words, const int8_t* q, int64_t stride, int tokens, int32_t* dots,
-                const uint32_t* next) {
-  switch (tokens) {
-    case 1: return accumulate_tokens<1>(panel, words, q, stride, dots, next);
-    case 2: return accumulate_tokens<2>(panel, words, q, stride, dots, next);
-    case 3: return accumulate_tokens<3>(panel, words, q, stride, dots, next);
-    case 4: return accumulate_tokens<4>(panel, words, q, stride, dots, next);
+void accumulate(const uint32_t* chunk, int words, const int8_t* q, int64_t stride, int64_t tokens, int32_t* dots) {
+  constexpr decltype(&accumulate_tokens<1>) kKernels[] = {accumulate_tokens<1>, accumulate_tokens<2>,
+                                                          accumulate_tokens<3>, accumulate_tokens<4>};
+  for (int64_t t = 0; t < tokens; t += kTokens) {
+    const int64_t count = tokens - t < kTokens ? tokens - t : kTokens;
+    kKernels[count - 1](chunk, words, q + t * stride, stride, dots + t * kPanelRows);
   }
 }
 
 }  // namespace
 
-const Int8Kernels int8_dot_avx512{4, accumulate};
+const Int8Kernels int8_dot_avx512{load_chunk, accumulate};
 
 }  // namespace bitkernels::cpu

@@ -2,17 +2,17 @@
 #include "lookup.h"
 
 #include <algorithm>
+#include <cstddef>
 #include <type_traits>
 
 #include "buffer.h"
 #include "cpu_features.h"
 #include "element.h"
-#include "panel.h"
 
 namespace bitkernels::cpu {
 namespace {
 
-constexpr int64_t kMaxBlockTokens = 16;
+constexpr int64_t kMaxBlockTokens = 8;
 constexpr int64_t kLanes = 16;               // partial sums of a reduction the compiler may keep in vectors
 constexpr int64_t kGrainProducts = 1 << 17;  // products worth a thread
 
@@ -37,20 +37,21 @@ T scaled_row(const X* x, const LookupMatmul<T>& a, T* out) {
   return sum;
 }
 
-// What one thread needs: the tables of a block of tokens, and a panel with its dot products.
+// What one thread needs: the tables of a block of tokens, and a chunk of a panel with its dot products.
 template <typename T>
 class Worker {
  public:
   Worker(const LookupMatmul<T>& a, const LookupKernels<T>& kernels)
       : a_(a),
         kernels_(kernels),
-        transpose_(panel_transpose()),
         words_(ceil_div(a.K, per_word(a.format))),
-        block_(std::min(lookup_block_tokens(a.format, a.K), a.M)),
+        block_(lookup_block_tokens(a.format, a.M, a.K)),
         panels_(ceil_div(a.N, kPanelRows)),
+        table_stride_(words_ * kernels.table_bytes),
         row_(words_ * per_word(a.format)),
-        tables_(block_ * words_ * kernels.table_width),
-        panel_(words_ * kPanelRows),
+        tables_(block_ * table_stride_),
+        chunk_(kMaxChunkWords),
+        sums_(block_ * kernels.sum_bytes),
         dots_(block_ * kPanelRows) {}
 
   void operator()(int64_t begin, int64_t end) {
@@ -71,21 +72,22 @@ class Worker {
     for (int64_t t = 0; t < tokens_of(block); ++t) {
       const int64_t m = block * block_ + t;
       visit(a_.dtype, [&](auto element) {
-        sums_[t] = scaled_row(static_cast<const decltype(element)*>(a_.x) + m * a_.K, a_, row_.data);
+        shifts_[t] = scaled_row(static_cast<const decltype(element)*>(a_.x) + m * a_.K, a_, row_.data);
       });
-      kernels_.tabulate(row_.data, words_, tables_.data + t * words_ * kernels_.table_width);
+      factors_[t] = kernels_.tabulate(row_.data, words_, tables_.data + t * table_stride_);
     }
   }
 
   void multiply(int64_t block, int64_t n0) {
-    load_panel(transpose_, a_.w, a_.N, words_, n0, panel_.data);
-    const uint32_t* next = a_.w + (n0 + 2 * kPanelRows <= a_.N ? n0 + kPanelRows : 0) * words_;
-    const int64_t stride = words_ * kernels_.table_width;
     const int64_t tokens = tokens_of(block);
-    for (int64_t t = 0; t < tokens; t += kernels_.block_tokens) {
-      const int count = static_cast<int>(std::min<int64_t>(kernels_.block_tokens, tokens - t));
-      kernels_.accumulate(panel_.data, words_, tables_.data + t * stride, stride, count, dots_.data + t * kPanelRows,
-                          next);
+    std::fill_n(sums_.data, tokens * kernels_.sum_bytes, std::byte{0});
+    for_each_chunk(a_.w, a_.N, words_, n0, [&](const uint32_t* const* rows, int64_t word, int count) {
+      kernels_.load(rows, word, count, chunk_.data);
+      kernels_.accumulate(chunk_.data, count, tables_.data + word * kernels_.table_bytes, table_stride_, tokens,
+                          sums_.data);
+    });
+    for (int64_t t = 0; t < tokens; ++t) {
+      kernels_.finish(sums_.data + t * kernels_.sum_bytes, factors_[t], dots_.data + t * kPanelRows);
     }
     const int64_t columns = std::min<int64_t>(kPanelRows, a_.N - n0);
     visit(a_.dtype, [&](auto element) {
@@ -100,13 +102,17 @@ class Worker {
 
   template <typename X>
   void store(X* y, int64_t n0, int64_t tokens, int64_t columns) {
+    // Side by side, or the loop over them is no vector loop.
+    T scale[kPanelRows], shift[kPanelRows], bias[kPanelRows];
+    for (int64_t i = 0; i < columns; ++i) {
+      scale[i] = a_.out_scale[n0 + i];
+      shift[i] = a_.out_shift[n0 + i];
+      bias[i] = a_.bias ? a_.bias[n0 + i] : T(0);
+    }
     for (int64_t t = 0; t < tokens; ++t) {
       const T* dots = dots_.data + t * kPanelRows;
-      for (int64_t i = 0; i < columns; ++i) {
-        T v = a_.out_scale[n0 + i] * dots[i] + a_.out_shift[n0 + i] * sums_[t];
-        if (a_.bias) v += a_.bias[n0 + i];
-        from_float(v, y[t * a_.N + i]);
-      }
+      const T sum = shifts_[t];
+      for (int64_t i = 0; i < columns; ++i) from_float(scale[i] * dots[i] + shift[i] * sum + bias[i], y[t * a_.N + i]);
     }
   }
 
@@ -118,7 +124,7 @@ class Worker {
       for (int64_t i = 0; i < columns; ++i) {
         const T v = to_float(left[t * a_.N + i]);
         by_dots[i] += v * dots[i];
-        by_sums[i] += v * sums_[t];
+        by_sums[i] += v * shifts_[t];
       }
     }
     std::copy_n(by_dots, columns, a_.left_dots + out);
@@ -127,12 +133,14 @@ class Worker {
 
   const LookupMatmul<T>& a_;
   const LookupKernels<T>& kernels_;
-  const PanelTranspose transpose_;
-  const int64_t words_, block_, panels_;
-  Buffer<T> row_, tables_;
-  Buffer<uint32_t> panel_;
+  const int64_t words_, block_, panels_, table_stride_;
+  Buffer<T> row_;
+  Buffer<std::byte> tables_;
+  Buffer<uint32_t> chunk_;
+  Buffer<std::byte> sums_;
   Buffer<T> dots_;
-  T sums_[kMaxBlockTokens];
+  T shifts_[kMaxBlockTokens];   // sum of in_shift x
+  T factors_[kMaxBlockTokens];  // of the sums of lookups
 };
 
 // Portable kernels: groups of 4 bits, 8 sums in flight.
@@ -143,7 +151,8 @@ constexpr int kEntries = 1 << kGroupBits;
 
 // Both formats tabulate a group as two halves of two bits each.
 template <Format kFormat, typename T>
-void tabulate(const T* x, int64_t words, T* tables) {
+T tabulate(const T* x, int64_t words, void* out) {
+  T* tables = static_cast<T*>(out);
   for (int64_t group = 0; group < words * kGroups; ++group) {
     T low[4], high[4];
     for (int i = 0; i < 4; ++i) {
@@ -160,38 +169,54 @@ void tabulate(const T* x, int64_t words, T* tables) {
     x += kFormat == Format::kSign ? 4 : 2;
     tables += kEntries;
   }
+  return 1;
 }
 
 template <typename T>
-void accumulate(const uint32_t* panel, int64_t words, const T* tables, int64_t, int, T* dots, const uint32_t*) {
-  for (int row = 0; row < kPanelRows; row += kRowBlock) {
-    T sums[kRowBlock] = {};
-    for (int64_t i = 0; i < words; ++i) {
-      const T* table = tables + i * kGroups * kEntries;
-      for (int r = 0; r < kRowBlock; ++r) {
-        const uint32_t word = panel[i * kPanelRows + row + r];
-        for (int g = 0; g < kGroups; ++g) sums[r] += table[g * kEntries + (word >> (kGroupBits * g)) % kEntries];
+void accumulate(const uint32_t* chunk, int words, const void* tables, int64_t stride, int64_t tokens, void* out) {
+  for (int64_t t = 0; t < tokens; ++t) {
+    const T* of_token = static_cast<const T*>(tables) + t * (stride / int64_t{sizeof(T)});
+    T* dots = static_cast<T*>(out) + t * kPanelRows;
+    for (int row = 0; row < kPanelRows; row += kRowBlock) {
+      T sums[kRowBlock];
+      std::copy_n(dots + row, kRowBlock, sums);
+      for (int i = 0; i < words; ++i) {
+        const T* table = of_token + i * kGroups * kEntries;
+        for (int r = 0; r < kRowBlock; ++r) {
+          const uint32_t word = chunk[i * kPanelRows + row + r];
+          for (int g = 0; g < kGroups; ++g) sums[r] += table[g * kEntries + (word >> (kGroupBits * g)) % kEntries];
+        }
       }
+      std::copy_n(sums, kRowBlock, dots + row);
     }
-    std::copy_n(sums, kRowBlock, dots + row);
   }
+}
+
+template <typename T>
+void finish(const void* sums, T, T* dots) {
+  std::copy_n(static_cast<const T*>(sums), kPanelRows, dots);
 }
 
 template <Format kFormat, typename T>
-constexpr LookupKernels<T> kPortable{kGroups * kEntries, 1, tabulate<kFormat, T>, accumulate<T>};
+constexpr LookupKernels<T> kPortable{
+    .table_bytes = kGroups * kEntries * sizeof(T),
+    .sum_bytes = kPanelRows * sizeof(T),
+    .tabulate = tabulate<kFormat, T>,
+    .load = transpose_chunk_portable,
+    .accumulate = accumulate<T>,
+    .finish = finish<T>,
+};
 
 template <typename T>
-const LookupKernels<T>& kernels_for(Format format) {
+const LookupKernels<T>& kernels_for(const LookupMatmul<T>& a) {
 #if defined(__x86_64__)
   if constexpr (std::is_same_v<T, float>) {
-    switch (path()) {
-      case Path::kAvx512: return lookup_avx512(format);
-      case Path::kAvx2: return lookup_avx2(format);
-      case Path::kPortable: break;
-    }
+    const bool short_rows = ceil_div(a.K, per_word(a.format)) <= kLookupAvx512MaxWords;
+    if (path() == Path::kAvx512 && short_rows) return lookup_avx512(a.format, a.dtype, a.M);
+    if (path() >= Path::kAvx2) return lookup_avx2(a.format);
   }
 #endif
-  return format == Format::kSign ? kPortable<Format::kSign, T> : kPortable<Format::kTernary, T>;
+  return a.format == Format::kSign ? kPortable<Format::kSign, T> : kPortable<Format::kTernary, T>;
 }
 
 // Transposes blocks of kPerWord x kPerWord codes in registers.
@@ -231,18 +256,19 @@ void transpose_codes(const uint32_t* w, uint32_t* out, int64_t N, int64_t K, Exe
 
 }  // namespace
 
-int64_t lookup_block_tokens(Format format, int64_t K) {
-  // Half a megabyte of tables, which stays in a core's own cache.
-  constexpr int64_t kTableFloats = 1 << 17;
+int64_t lookup_block_tokens(Format format, int64_t M, int64_t K) {
+  // At most a megabyte of tables, about what a core's own cache holds; all blocks about equal.
+  constexpr int64_t kTableFloats = 1 << 18;
   const int64_t words = std::max<int64_t>(1, ceil_div(K, per_word(format)));
-  return std::clamp<int64_t>(kTableFloats / (words * kGroups * kEntries) / 4 * 4, 4, kMaxBlockTokens);
+  const int64_t most = std::clamp<int64_t>(kTableFloats / (words * kGroups * kEntries), 4, kMaxBlockTokens);
+  return std::max<int64_t>(1, ceil_div(M, std::max<int64_t>(1, ceil_div(M, most))));
 }
 
 template <typename T>
 void lookup_matmul(const LookupMatmul<T>& a, Executor run) {
   if (a.M == 0 || a.N == 0) return;
-  const LookupKernels<T>& kernels = kernels_for<T>(a.format);
-  const int64_t block = std::min(lookup_block_tokens(a.format, a.K), a.M);
+  const LookupKernels<T>& kernels = kernels_for(a);
+  const int64_t block = lookup_block_tokens(a.format, a.M, a.K);
   const int64_t products = block * kPanelRows * std::max<int64_t>(a.K, 1);
   run(ceil_div(a.M, block) * ceil_div(a.N, kPanelRows), ceil_div(kGrainProducts, products),
       [&](int64_t begin, int64_t end) { Worker<T>(a, kernels)(begin, end); });

@@ -6,29 +6,34 @@
 #pragma once
 
 #include "kernels.h"
+#include "panel.h"
 
 namespace bitkernels::cpu {
 
-// What differs between formats and instruction sets.
+enum class Format { kSign, kTernary };
+
+constexpr int64_t per_word(Format format) { return format == Format::kSign ? kSignsPerWord : kTernaryPerWord; }
+
+// What differs between formats and instruction sets. T is the type of activations and results.
 template <typename T>
 struct LookupKernels {
-  int table_width;   // values tabulated per weight word
-  int block_tokens;  // tokens accumulate() handles at once
-  // tables[words * table_width] from x[words * weights per word], zero beyond K.
-  void (*tabulate)(const T* x, int64_t words, T* tables);
-  // dots[t * kPanelRows + r] = dot product of row r and token t < tokens <= block_tokens; the tables of a
-  // token are table_stride apart. `next` points at the weights to come, which are fetched meanwhile.
-  void (*accumulate)(const uint32_t* panel, int64_t words, const T* tables, int64_t table_stride, int tokens, T* dots,
-                     const uint32_t* next);
+  int64_t table_bytes;  // of one weight word and token
+  int64_t sum_bytes;    // of the partial sums of a panel and token; all zeros to begin with
+  // Tables of x[words * weights per word], zero beyond K. Returns what finish() is to multiply by.
+  T (*tabulate)(const T* x, int64_t words, void* tables);
+  LoadChunk load;
+  // Adds a chunk of `words` words to the sums of each token; the tables of a token are table_stride bytes apart.
+  void (*accumulate)(const uint32_t* chunk, int words, const void* tables, int64_t table_stride, int64_t tokens,
+                     void* sums);
+  // dots[kPanelRows] of one token.
+  void (*finish)(const void* sums, T factor, T* dots);
 };
-
-enum class Format { kSign, kTernary };
 
 // Defined in lookup_<path>.cpp, to be called on machines with that instruction set alone.
 const LookupKernels<float>& lookup_avx2(Format);
-const LookupKernels<float>& lookup_avx512(Format);
-
-constexpr int64_t per_word(Format format) { return format == Format::kSign ? kSignsPerWord : kTernaryPerWord; }
+// For M tokens of type dtype and rows of no more than kLookupAvx512MaxWords words.
+const LookupKernels<float>& lookup_avx512(Format, DType dtype, int64_t M);
+constexpr int64_t kLookupAvx512MaxWords = 1 << 14;
 
 // A vector of scales, or one value for all indices where stride is 0.
 template <typename T>
@@ -49,7 +54,7 @@ struct LookupMatmul {
   Scale<T> in_scale, in_shift, out_scale, out_shift;
   const T* bias;  // [N] or null
   int64_t M, N, K;
-  // Where not null: reductions over the tokens, by blocks of block_tokens(),
+  // Where not null: reductions over the tokens, by blocks of lookup_block_tokens(),
   //   left_dots[b, n] = sum_m left[m, n] * (sum_k w[n, k] in_scale[k] x[m, k]),
   //   left_sums[b, n] = sum_m left[m, n] * (sum_k in_shift[k] x[m, k]).
   const void* left;  // [M, N] dtype
@@ -58,7 +63,7 @@ struct LookupMatmul {
 };
 
 // Tokens whose tables are held at once; fixed by the sizes alone, so that results do not depend on threads.
-int64_t lookup_block_tokens(Format format, int64_t K);
+int64_t lookup_block_tokens(Format format, int64_t M, int64_t K);
 
 template <typename T>
 void lookup_matmul(const LookupMatmul<T>&, Executor);

@@ -3,7 +3,6 @@
 #include <immintrin.h>
 
 #include "lookup.h"
-#include "panel.h"
 
 namespace bitkernels::cpu {
 namespace {
@@ -11,7 +10,6 @@ namespace {
 constexpr int kLanes = 8;
 constexpr int kVectors = 4;  // registers of rows, half a panel
 constexpr int kRows = kVectors * kLanes;
-constexpr int kBlockTokens = 2;
 
 struct Sign {
   static constexpr int kBits = 3;
@@ -29,7 +27,8 @@ struct Ternary {
   static __m256 look_up(__m256 table, __m256i index) { return _mm256_permutevar_ps(table, index); }
 };
 
-void tabulate_sign(const float* x, int64_t words, float* tables) {
+float tabulate_sign(const float* x, int64_t words, void* out) {
+  float* tables = static_cast<float*>(out);
   // Lane i holds the sign that bit j of i stands for.
   const __m256 s0 = _mm256_setr_ps(-1, 1, -1, 1, -1, 1, -1, 1), s1 = _mm256_setr_ps(-1, -1, 1, 1, -1, -1, 1, 1);
   const __m256 s2 = _mm256_setr_ps(-1, -1, -1, -1, 1, 1, 1, 1);
@@ -42,27 +41,27 @@ void tabulate_sign(const float* x, int64_t words, float* tables) {
       _mm256_store_ps(tables, _mm256_fmadd_ps(s0, _mm256_set1_ps(values[0]), second));
     }
   }
+  return 1;
 }
 
-void tabulate_ternary(const float* x, int64_t words, float* tables) {
+float tabulate_ternary(const float* x, int64_t words, void* tables) {
   const __m128 weights = _mm_setr_ps(-1, 0, 1, 2);
   for (int64_t k = 0; k < words * kTernaryPerWord; ++k) {
-    _mm_store_ps(tables + 4 * k, _mm_mul_ps(weights, _mm_set1_ps(x[k])));
+    _mm_store_ps(static_cast<float*>(tables) + 4 * k, _mm_mul_ps(weights, _mm_set1_ps(x[k])));
   }
+  return 1;
 }
 
 template <typename Code, int kTokens>
-void accumulate_tokens(const uint32_t* panel, int64_t words, const float* tables, int64_t stride, float* dots,
-                       const uint32_t* next) {
+void accumulate_tokens(const uint32_t* chunk, int words, const float* tables, int64_t stride, float* dots) {
   __m256 sums[kTokens][kVectors];
   for (int t = 0; t < kTokens; ++t) {
-    for (int v = 0; v < kVectors; ++v) sums[t][v] = _mm256_setzero_ps();
+    for (int v = 0; v < kVectors; ++v) sums[t][v] = _mm256_load_ps(dots + t * kPanelRows + v * kLanes);
   }
-  for (int64_t i = 0; i < words; ++i, panel += kPanelRows, next += kRows, tables += Code::kGroups * Code::kEntries) {
-    for (int line = 0; line < kRows; line += 16) _mm_prefetch(next + line, _MM_HINT_T0);
+  for (int i = 0; i < words; ++i, chunk += kPanelRows, tables += Code::kGroups * Code::kEntries) {
     __m256i w[kVectors];
     for (int v = 0; v < kVectors; ++v) {
-      w[v] = _mm256_load_si256(reinterpret_cast<const __m256i*>(panel + v * kLanes));
+      w[v] = _mm256_load_si256(reinterpret_cast<const __m256i*>(chunk + v * kLanes));
     }
 #pragma GCC unroll 16
     for (int g = 0; g < Code::kGroups; ++g) {
@@ -79,17 +78,29 @@ void accumulate_tokens(const uint32_t* panel, int64_t words, const float* tables
 }
 
 template <typename Code>
-void accumulate(const uint32_t* panel, int64_t words, const float* tables, int64_t stride, int tokens, float* dots,
-                const uint32_t* next) {
-  const auto kernel = tokens == 1 ? accumulate_tokens<Code, 1> : accumulate_tokens<Code, 2>;
-  for (int r = 0; r < kPanelRows; r += kRows) {
-    kernel(panel + r, words, tables, stride, dots + r, next + r * words);
+void accumulate(const uint32_t* chunk, int words, const void* tables, int64_t stride, int64_t tokens, void* sums) {
+  for (int64_t t = 0; t < tokens; t += 2) {
+    const auto kernel = t + 1 < tokens ? accumulate_tokens<Code, 2> : accumulate_tokens<Code, 1>;
+    const float* of_token = static_cast<const float*>(tables) + t * (stride / int64_t{sizeof(float)});
+    float* dots = static_cast<float*>(sums) + t * kPanelRows;
+    for (int r = 0; r < kPanelRows; r += kRows) {
+      kernel(chunk + r, words, of_token, stride / int64_t{sizeof(float)}, dots + r);
+    }
   }
 }
 
+void finish(const void* sums, float, float* dots) { __builtin_memcpy(dots, sums, kPanelRows * sizeof(float)); }
+
 template <typename Code>
-constexpr LookupKernels<float> kernels(void (*tabulate)(const float*, int64_t, float*)) {
-  return {Code::kGroups * Code::kEntries, kBlockTokens, tabulate, accumulate<Code>};
+constexpr LookupKernels<float> kernels(float (*tabulate)(const float*, int64_t, void*)) {
+  return {
+      .table_bytes = Code::kGroups * Code::kEntries * sizeof(float),
+      .sum_bytes = kPanelRows * sizeof(float),
+      .tabulate = tabulate,
+      .load = transpose_chunk_avx2,
+      .accumulate = accumulate<Code>,
+      .finish = finish,
+  };
 }
 
 constexpr LookupKernels<float> kSign = kernels<Sign>(tabulate_sign);

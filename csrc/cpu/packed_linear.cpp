@@ -44,7 +44,9 @@ void forward(const PackedLinear& a, Executor run) {
 }
 
 // Blocks of tokens whose contributions to dalpha and dbeta are summed on their own.
-int64_t token_blocks(const PackedLinearBackward& a) { return ceil_div(a.M, lookup_block_tokens(Format::kSign, a.N)); }
+int64_t token_blocks(const PackedLinearBackward& a) {
+  return ceil_div(a.M, lookup_block_tokens(Format::kSign, a.M, a.N));
+}
 
 int64_t transposed_words(const PackedLinearBackward& a) { return a.K * ceil_div(a.N, kSignsPerWord); }
 

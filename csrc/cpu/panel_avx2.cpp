@@ -1,4 +1,4 @@
-// Transposes panels 8 rows by 8 words at a time.
+// Transposes chunks 8 rows by 8 words at a time.
 #include <immintrin.h>
 
 #include "panel.h"
@@ -9,7 +9,7 @@ namespace {
 constexpr int kLanes = 8;
 
 // 8 rows of 8 words: columns become rows.
-void transpose_8x8(const uint32_t* const* rows, int64_t word, uint32_t* panel) {
+void transpose_8x8(const uint32_t* const* rows, int64_t word, uint32_t* chunk) {
   __m256i a[8], b[8];
   // Halves first: a[i] holds words 0-3 of rows i and i + 4, a[i + 4] words 4-7.
   for (int i = 0; i < 4; ++i) {
@@ -28,20 +28,17 @@ void transpose_8x8(const uint32_t* const* rows, int64_t word, uint32_t* panel) {
     a[i + 2] = _mm256_unpacklo_epi64(b[i + 1], b[i + 3]);
     a[i + 3] = _mm256_unpackhi_epi64(b[i + 1], b[i + 3]);
   }
-  for (int i = 0; i < 8; ++i) _mm256_store_si256(reinterpret_cast<__m256i*>(panel + i * kPanelRows), a[i]);
+  for (int i = 0; i < 8; ++i) _mm256_store_si256(reinterpret_cast<__m256i*>(chunk + i * kPanelRows), a[i]);
 }
 
 }  // namespace
 
-void transpose_panel_avx2(const uint32_t* const* rows, int64_t words, uint32_t* panel) {
-  const int64_t whole = words / 8 * 8;
-  for (int64_t i = 0; i < whole; i += 8) {
-    for (int v = 0; v < kPanelRows / kLanes; ++v)
-      transpose_8x8(rows + v * kLanes, i, panel + i * kPanelRows + v * kLanes);
+void transpose_chunk_avx2(const uint32_t* const* rows, int64_t word, int count, uint32_t* chunk) {
+  const int whole = count / 8 * 8;
+  for (int i = 0; i < whole; i += 8) {
+    for (int r = 0; r < kPanelRows; r += kLanes) transpose_8x8(rows + r, word + i, chunk + i * kPanelRows + r);
   }
-  for (int64_t i = whole; i < words; ++i) {
-    for (int r = 0; r < kPanelRows; ++r) panel[i * kPanelRows + r] = rows[r][i];
-  }
+  if (whole < count) transpose_chunk_portable(rows, word + whole, count - whole, chunk + whole * kPanelRows);
 }
 
 }  // namespace bitkernels::cpu

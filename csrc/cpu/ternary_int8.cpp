@@ -6,29 +6,28 @@
 #include "buffer.h"
 #include "element.h"
 #include "int8_dot.h"
-#include "panel.h"
 #include "quantize_int8.h"
 
 namespace bitkernels::cpu {
 namespace {
 
-constexpr int64_t kMaxBlockTokens = 16;
+// Tokens that meet a chunk of weights once it is loaded; their activations stay in a core's own cache.
+constexpr int64_t kMaxBlockTokens = 64;
 constexpr int64_t kGrainProducts = 1 << 18;  // products worth a thread
 
-// What one thread needs: a block of quantised tokens, and a panel with its dot products.
+// What one thread needs: a block of quantised tokens, and a chunk of a panel with its dot products.
 class Worker {
  public:
   explicit Worker(const TernaryLinear& a)
       : a_(a),
         kernels_(int8_kernels()),
-        transpose_(panel_transpose()),
         words_(ceil_div(a.K, kTernaryPerWord)),
         stride_(words_ * kTernaryPerWord),
         panels_(ceil_div(a.N, kPanelRows)),
         row_(stride_),
-        q_(kMaxBlockTokens * stride_),
-        panel_(words_ * kPanelRows),
-        dots_(kMaxBlockTokens * kPanelRows) {}
+        q_(std::min(kMaxBlockTokens, a.M) * stride_),
+        chunk_(kMaxChunkWords),
+        dots_(std::min(kMaxBlockTokens, a.M) * kPanelRows) {}
 
   void operator()(int64_t begin, int64_t end) {
     int64_t quantized = -1;
@@ -59,13 +58,11 @@ class Worker {
   }
 
   void multiply(int64_t m0, int64_t n0) {
-    load_panel(transpose_, a_.w_packed, a_.N, words_, n0, panel_.data);
-    const uint32_t* next = a_.w_packed + (n0 + 2 * kPanelRows <= a_.N ? n0 + kPanelRows : 0) * words_;
-    for (int64_t t = 0; t < tokens_; t += kernels_.block_tokens) {
-      const int count = static_cast<int>(std::min<int64_t>(kernels_.block_tokens, tokens_ - t));
-      kernels_.accumulate(panel_.data, words_, q_.data + t * stride_, stride_, count, dots_.data + t * kPanelRows,
-                          next);
-    }
+    std::fill_n(dots_.data, tokens_ * kPanelRows, 0);
+    for_each_chunk(a_.w_packed, a_.N, words_, n0, [&](const uint32_t* const* rows, int64_t word, int count) {
+      kernels_.load(rows, word, count, chunk_.data);
+      kernels_.accumulate(chunk_.data, count, q_.data + word * kTernaryPerWord, stride_, tokens_, dots_.data);
+    });
     const int64_t columns = std::min<int64_t>(kPanelRows, a_.N - n0);
     float bias[kPanelRows] = {};
     for (int64_t i = 0; a_.bias && i < columns; ++i) bias[i] = scalar(a_.bias, n0 + i);
@@ -88,10 +85,9 @@ class Worker {
 
   const TernaryLinear& a_;
   const Int8Kernels& kernels_;
-  const PanelTranspose transpose_;
   const int64_t words_, stride_, panels_;
   Buffer<int8_t> row_, q_;
-  Buffer<uint32_t> panel_;
+  Buffer<uint32_t> chunk_;
   Buffer<int32_t> dots_;
   int64_t tokens_ = 0;
   int32_t sums_[kMaxBlockTokens];
