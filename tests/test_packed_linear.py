@@ -48,6 +48,10 @@ CASES = [
     Case((33,), 129, 768, bias=True),
     Case((130,), 200, 320, "row"),
     Case((257,), 72, 129, bias=True),
+    Case((40,), 264, 1024, "row"),
+    Case((70,), 136, 2056, bias=True),
+    Case((600,), 200, 96),
+    Case((20,), 24, 16500),  # more columns than scales are tabulated for
     Case((0,), 5, 33),
     Case((3,), 0, 33),
     Case((3,), 5, 0, bias=True),
@@ -132,6 +136,19 @@ def test_gradients(case, dtype, device):
                 terms = reference.packed_linear(*wide_args[:2], *scales) * grad.double().cpu()
                 tolerance *= cancellation(terms)
             assert_close(f"d{name}", t.grad, t_ref.grad, tolerance)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("scales", ["column", "row", "single"])
+@pytest.mark.parametrize(("M", "N", "K"), [(1, 33, 31), (17, 100, 72), (40, 257, 520), (300, 64, 129)])
+def test_gradient_of_x_alone(M, N, K, scales, dtype, device):
+    x, w_packed, alpha, beta, _ = inputs(Case((M,), N, K, scales), device, dtype)
+    grad = torch.randn(M, N, device=device).to(dtype)
+    dx, dalpha, dbeta = torch.ops.bitkernels.packed_linear_backward(grad, x, w_packed, alpha, beta, False)
+    assert dalpha.numel() == dbeta.numel() == 0
+    leaf, *rest = wide(x.requires_grad_(), w_packed, alpha, beta)
+    reference.packed_linear(leaf, *rest, None).backward(grad.double().cpu())
+    assert_close("dx", dx, leaf.grad)
 
 
 @pytest.mark.parametrize("scales", ["column", "row", "single"])
