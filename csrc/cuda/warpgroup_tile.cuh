@@ -1,0 +1,194 @@
+// The tiles of the warpgroup kernel, their place in shared memory, and the warpgroup that fills it.
+#pragma once
+
+#include <algorithm>
+
+#include "epilogue.cuh"
+#include "hopper.cuh"
+#include "operand.cuh"
+#include "weights.cuh"
+
+namespace bitkernels::cuda {
+
+constexpr int kWarpgroup = 128;     // threads
+constexpr int kWarpgroupRows = 64;  // of wgmma
+constexpr int kBoxBytes = 128;      // of a row of activations in shared memory: one swizzle
+constexpr int kStepBytes = 64;      // of a row of activations: what one step of the loop consumes
+constexpr int kMostCluster = 4;
+
+enum class ScalesOf { kColumns, kRows, kNothing };
+
+struct WarpgroupProblem {
+  const uint32_t* w;   // [rows, words]
+  const float* alpha;  // of columns or rows, by stride; ternary: [1]
+  const float* beta;
+  const float* bias;    // [rows] or null
+  const Token* tokens;  // int8: scale and sum of each token
+  void* y;              // [M, rows]
+  int64_t rows, words, M, K;
+  int scale_stride;
+  bool aligned_words;  // rows of the weights start on 16-byte boundaries
+  bool boxed_output;   // rows of y start on 16-byte boundaries
+  int row_tiles, tiles;
+};
+
+template <int kTokens_, int kRowGroups_, int kSplit_, int kBoxes_, int kStages_, int kResident_>
+struct WarpgroupTile {
+  static constexpr int kTokens = kTokens_;
+  static constexpr int kRowGroups = kRowGroups_;  // of 64 rows, a warpgroup each
+  static constexpr int kSplit = kSplit_;          // of K, a warpgroup each
+  static constexpr int kBoxes = kBoxes_;          // of 128 bytes of K in a stage
+  static constexpr int kStages = kStages_;
+  static constexpr int kResident = kResident_;  // blocks on a processor
+  static constexpr int kRows = kRowGroups * kWarpgroupRows;
+  static constexpr int kConsumers = kRowGroups * kSplit;
+  static constexpr int kThreads = kWarpgroup * (kConsumers + 1);
+  static constexpr int kBlocksOfEight = kTokens / 8;
+  // Wide tiles need more registers than an equal share.
+  static constexpr bool kUnequalRegisters = kTokens > 128;
+
+  static constexpr int kBoxSize = kTokens * kBoxBytes;
+  static constexpr int kActivationBytes = kBoxes * kBoxSize;
+  static constexpr int kOutBytes = kRowGroups * kBoxSize;
+  // What the parts of a split K send to the part that finishes a block of eight tokens.
+  static constexpr int kFragmentBytes = kWarpgroup * 4 * 4;
+  static __host__ __device__ constexpr int part_bytes(int parts) {
+    const int owned = (kBlocksOfEight + parts - 1) / parts;
+    return parts > 1 ? kRowGroups * kSplit * owned * (parts - 1) * kFragmentBytes : 0;
+  }
+  // Wide tiles leave nothing to split, and their sums no room to be sent.
+  static constexpr bool kSplits = kTokens <= 128;
+};
+
+template <class F, class Tile>
+struct WarpgroupLayout {
+  using T = typename F::T;
+  static constexpr int kBox = kBoxBytes / sizeof(T);        // elements
+  static constexpr int kDepth = Tile::kBoxes * kBox;        // of K in a stage
+  static constexpr int kWordsOfRow = kDepth / F::kPerWord;  // in a stage
+  static constexpr int kWordBytes = Tile::kRows * kWordsOfRow * 4;
+  static constexpr int kStageBytes = (Tile::kActivationBytes + kWordBytes + 1023) / 1024 * 1024;
+  static constexpr int kSteps = Tile::kBoxes * (kBoxBytes / kStepBytes) / Tile::kSplit;  // of a warpgroup in a stage
+  static_assert(kSteps % 2 == 0 && Tile::kBoxes % Tile::kSplit == 0);
+
+  // Where things lie in shared memory, from its first multiple of 1024.
+  int stages;
+  int part_bytes;
+  int64_t scale_bytes;
+  __host__ __device__ int64_t out() const { return int64_t(stages) * kStageBytes; }
+  __host__ __device__ int64_t parts() const { return out() + Tile::kOutBytes; }
+  __host__ __device__ int64_t scales() const { return parts() + part_bytes; }
+  __host__ __device__ int64_t barriers() const { return scales() + scale_bytes; }
+  __host__ __device__ int64_t bytes() const { return 1024 + barriers() + 8 * (2 * stages + Tile::kConsumers); }
+};
+
+// As many stages as fit beside the other blocks of a processor, or, where those would be fewer than kLeastStages, in a
+// block that has it alone. Fewer than kLeastStages even so: the tile does not fit.
+constexpr int kLeastStages = 3;
+template <class F, class Tile>
+WarpgroupLayout<F, Tile> warpgroup_layout(ScalesOf scales, int64_t K, int blocks) {
+  using Layout = WarpgroupLayout<F, Tile>;
+  const int64_t alone = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  const int64_t shared = device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor) / Tile::kResident - 1024;
+  const int64_t columns = scales == ScalesOf::kColumns ? ceil_div(K, Layout::kDepth) * Layout::kDepth : 0;
+  Layout layout{Tile::kStages, Tile::part_bytes(blocks * Tile::kSplit), columns / 2 * int64_t(sizeof(Values))};
+  for (const int64_t most : {std::min(shared, alone), alone}) {
+    layout.stages = Tile::kStages;
+    while (layout.stages > 0 && layout.bytes() > most) --layout.stages;
+    if (layout.stages >= kLeastStages) break;
+  }
+  return layout;
+}
+
+// The part of the stages of K that block `rank` of `blocks` takes.
+__device__ inline int first_stage(int stages, int rank, int blocks) { return stages * rank / blocks; }
+
+// Fetches words of all rows of the tile: each thread kCopy bytes of a row at a time.
+template <int kCopy, class Layout, class Tile>
+__device__ void fetch_words(const WarpgroupProblem& p, int64_t first_row, int64_t first_word, SharedAddress to,
+                            int thread) {
+  constexpr int kPerRow = Layout::kWordsOfRow * 4 / kCopy;
+  constexpr int kCopies = Tile::kRows * kPerRow;
+#pragma unroll
+  for (int i = thread; i < kCopies; i += kWarpgroup) {
+    const int64_t row = first_row + i / kPerRow;
+    const int64_t word = first_word + i % kPerRow * (kCopy / 4);
+    const bool wanted = row < p.rows && word < p.words;
+    copy_or_zero<kCopy>(to + i * kCopy, p.w + (wanted ? row * p.words + word : 0), wanted);
+  }
+}
+
+// Both values of each pair of columns, zero past K: [16 columns][lane of a quad][2t and 2t + 1, 2t + 8 and 2t + 9].
+// A thread takes four columns at a time, and asks for those of kBatch times at once.
+template <typename T>
+__device__ void tabulate_scales(const WarpgroupProblem& p, int columns, SharedAddress table, int thread, int threads) {
+  constexpr int kBatch = 5;
+  const bool vector =
+      p.K % 4 == 0 && reinterpret_cast<uintptr_t>(p.alpha) % 16 == 0 && reinterpret_cast<uintptr_t>(p.beta) % 16 == 0;
+  for (int first = 4 * thread; first < columns; first += 4 * threads * kBatch) {
+    float alpha[kBatch][4], beta[kBatch][4];
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) {
+      const int k = first + 4 * threads * j;
+      load4(p.alpha, k, p.K, vector, alpha[j]);
+      load4(p.beta, k, p.K, vector, beta[j]);
+    }
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) {
+      const int k = first + 4 * threads * j;
+      if (k >= columns) break;
+#pragma unroll
+      for (int e = 0; e < 4; e += 2) {
+        const Values values = values_of<T>(alpha[j][e], beta[j][e], alpha[j][e + 1], beta[j][e + 1]);
+        const int pair = (k + e) / 2;
+        const int place = pair / 8 * 8 + pair % 4 * 2 + pair % 8 / 4;
+        store_words(table + place * sizeof(Values), values.low, values.difference);
+      }
+    }
+  }
+}
+
+template <class F, class Tile>
+__device__ void produce(const CUtensorMap& activations, const WarpgroupProblem& p, SharedAddress stages, int slots,
+                        SharedAddress full, SharedAddress empty, int rank, int blocks, int cluster, int clusters) {
+  using Layout = WarpgroupLayout<F, Tile>;
+  const int thread = threadIdx.x % kWarpgroup;
+  const int all_stages = static_cast<int>(ceil_div(p.K, Layout::kDepth));
+  const int begin = first_stage(all_stages, rank, blocks);
+  const int end = first_stage(all_stages, rank + 1, blocks);
+
+  int slot = 0;
+  int parity = 1;
+  SharedAddress stage = stages;
+  for (int tile = cluster; tile < p.tiles; tile += clusters) {
+    const int64_t row = int64_t(tile % p.row_tiles) * Tile::kRows;
+    const int token = tile / p.row_tiles * Tile::kTokens;
+    for (int s = begin; s < end; ++s) {
+      barrier_wait(empty + 8 * slot, parity);
+      if (thread == 0) {
+        barrier_arrive_expecting(full + 8 * slot, Tile::kActivationBytes);
+#pragma unroll
+        for (int box = 0; box < Tile::kBoxes; ++box) {
+          load_box(&activations, stage + box * Tile::kBoxSize, full + 8 * slot, s * Layout::kDepth + box * Layout::kBox,
+                   token);
+        }
+      }
+      const SharedAddress words = stage + Tile::kActivationBytes;
+      constexpr int kCopy = Layout::kWordsOfRow * 4 < 16 ? Layout::kWordsOfRow * 4 : 16;
+      if (p.aligned_words) {
+        fetch_words<kCopy, Layout, Tile>(p, row, int64_t(s) * Layout::kWordsOfRow, words, thread);
+      } else {
+        fetch_words<4, Layout, Tile>(p, row, int64_t(s) * Layout::kWordsOfRow, words, thread);
+      }
+      barrier_arrive_after_copies(full + 8 * slot);
+      stage += Layout::kStageBytes;
+      if (++slot == slots) {
+        slot = 0;
+        parity ^= 1;
+        stage = stages;
+      }
+    }
+  }
+}
+
+}  // namespace bitkernels::cuda
