@@ -150,16 +150,20 @@ __device__ void consume(const CUtensorMap& output, const WarpgroupProblem& p, Sh
       for (int i = 0; i < Tile::kTokens / 2; ++i) sums[i] = 0;
     }
 
-    // Part q of all finishes blocks q, q + all, ... of eight tokens, and adds the others' sums in their order.
+    // Part q of all finishes blocks q, q + all, ... of eight tokens, and adds the others' sums in their order. Both
+    // factors are powers of two: remainders and quotients are a mask and a shift, or this would be most of the code.
+    static_assert((Tile::kSplit & (Tile::kSplit - 1)) == 0);
     const int all = blocks * Tile::kSplit;
+    const int all_log2 = __ffs(all) - 1;
+    const auto owner_of = [&](int i) { return i & (all - 1); };
     const int part = rank * Tile::kSplit + split;
     if (Tile::kSplits && all > 1) {
       // [row group][split][block of the owner][part, less the owner][thread]
-      const int owned = (Tile::kBlocksOfEight + all - 1) / all;
+      const int owned = (Tile::kBlocksOfEight + all - 1) >> all_log2;
       const auto place = [&](int owner_split, int i, int from, int owner) {
         const int sender = from - (from > owner);
         return parts +
-               (((row_group * Tile::kSplit + owner_split) * owned + i / all) * (all - 1) + sender) *
+               (((row_group * Tile::kSplit + owner_split) * owned + (i >> all_log2)) * (all - 1) + sender) *
                    Tile::kFragmentBytes +
                thread * 16;
       };
@@ -169,12 +173,12 @@ __device__ void consume(const CUtensorMap& output, const WarpgroupProblem& p, Sh
       if (blocks == 1) {
         named_barrier(1, kConsumerThreads);
       } else if (thread == 0) {
-        const int blocks_of_mine = (Tile::kBlocksOfEight - part + all - 1) / all;
+        const int blocks_of_mine = (Tile::kBlocksOfEight - part + all - 1) >> all_log2;
         barrier_arrive_expecting(mine, blocks_of_mine * (all - 1) * Tile::kFragmentBytes);
       }
 #pragma unroll
       for (int i = 0; i < Tile::kBlocksOfEight; ++i) {
-        const int owner = i % all;
+        const int owner = owner_of(i);
         if (owner == part) continue;
         const int owner_rank = owner / Tile::kSplit;
         const int owner_split = owner % Tile::kSplit;
@@ -193,7 +197,8 @@ __device__ void consume(const CUtensorMap& output, const WarpgroupProblem& p, Sh
       }
 #pragma unroll
       for (int i = 0; i < Tile::kBlocksOfEight; ++i) {
-        if (i % all != part) continue;
+        if (owner_of(i) != part) continue;
+#pragma unroll 1
         for (int from = 0; from < all; ++from) {
           if (from == part) continue;
           Accumulator v[4];
@@ -224,7 +229,7 @@ __device__ void consume(const CUtensorMap& output, const WarpgroupProblem& p, Sh
     const SharedAddress to = box + lane % 8 * kBoxBytes + ((2 * warp + lane / 8 % 2) ^ (lane % 8)) * 16;
 #pragma unroll
     for (int i = 0; i < Tile::kBlocksOfEight; ++i) {
-      if (i % all != part) continue;
+      if (owner_of(i) != part) continue;
       store_transposed(to + i * 8 * kBoxBytes, pack_pair(Out(), finish(i, 0), finish(i, 1)),
                        pack_pair(Out(), finish(i, 2), finish(i, 3)));
     }
@@ -244,7 +249,7 @@ __device__ void consume(const CUtensorMap& output, const WarpgroupProblem& p, Sh
     } else {
       for (int j = warp; j < Tile::kTokens; j += 4) {
         const int64_t m = token + j;
-        if (j / 8 % all != part || m >= p.M) continue;
+        if (owner_of(j / 8) != part || m >= p.M) continue;
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
           const int column = 32 * h + lane;

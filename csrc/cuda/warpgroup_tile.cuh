@@ -118,32 +118,47 @@ __device__ void fetch_words(const WarpgroupProblem& p, int64_t first_row, int64_
   }
 }
 
-// Both values of each pair of columns, zero past K: [16 columns][lane of a quad][2t and 2t + 1, 2t + 8 and 2t + 9].
-// A thread takes four columns at a time, and asks for those of kBatch times at once.
+// Both values of columns k and k + 1: [16 columns][lane of a quad][2t and 2t + 1, 2t + 8 and 2t + 9].
+template <typename T>
+__device__ void tabulate_pair(SharedAddress table, int k, float alpha0, float beta0, float alpha1, float beta1) {
+  const Values values = values_of<T>(alpha0, beta0, alpha1, beta1);
+  const int pair = k / 2;
+  const int place = pair / 8 * 8 + pair % 4 * 2 + pair % 8 / 4;
+  store_words(table + place * sizeof(Values), values.low, values.difference);
+}
+
+// The table of all columns, zero past K. A thread takes four at a time and asks for those of kBatch times at once; the
+// code is short because all of it is fetched before the first product.
 template <typename T>
 __device__ void tabulate_scales(const WarpgroupProblem& p, int columns, SharedAddress table, int thread, int threads) {
   constexpr int kBatch = 5;
   const bool vector =
       p.K % 4 == 0 && reinterpret_cast<uintptr_t>(p.alpha) % 16 == 0 && reinterpret_cast<uintptr_t>(p.beta) % 16 == 0;
+  if (!vector) {
+#pragma unroll 1
+    for (int k = 2 * thread; k < columns; k += 2 * threads) {
+      const bool first = k < p.K;
+      const bool second = k + 1 < p.K;
+      tabulate_pair<T>(table, k, first ? p.alpha[k] : 0.0f, first ? p.beta[k] : 0.0f, second ? p.alpha[k + 1] : 0.0f,
+                       second ? p.beta[k + 1] : 0.0f);
+    }
+    return;
+  }
+#pragma unroll 1
   for (int first = 4 * thread; first < columns; first += 4 * threads * kBatch) {
-    float alpha[kBatch][4], beta[kBatch][4];
+    float4 alpha[kBatch], beta[kBatch];
 #pragma unroll
     for (int j = 0; j < kBatch; ++j) {
       const int k = first + 4 * threads * j;
-      load4(p.alpha, k, p.K, vector, alpha[j]);
-      load4(p.beta, k, p.K, vector, beta[j]);
+      alpha[j] = k < p.K ? *reinterpret_cast<const float4*>(p.alpha + k) : float4{};
+      beta[j] = k < p.K ? *reinterpret_cast<const float4*>(p.beta + k) : float4{};
     }
 #pragma unroll
     for (int j = 0; j < kBatch; ++j) {
       const int k = first + 4 * threads * j;
       if (k >= columns) break;
-#pragma unroll
-      for (int e = 0; e < 4; e += 2) {
-        const Values values = values_of<T>(alpha[j][e], beta[j][e], alpha[j][e + 1], beta[j][e + 1]);
-        const int pair = (k + e) / 2;
-        const int place = pair / 8 * 8 + pair % 4 * 2 + pair % 8 / 4;
-        store_words(table + place * sizeof(Values), values.low, values.difference);
-      }
+      tabulate_pair<T>(table, k, alpha[j].x, beta[j].x, alpha[j].y, beta[j].y);
+      tabulate_pair<T>(table, k + 2, alpha[j].z, beta[j].z, alpha[j].w, beta[j].w);
     }
   }
 }
