@@ -73,7 +73,7 @@ def load() -> list[dict]:
 
 def summary(machines: list[dict]) -> str:
     """The headline rows: ours, and each peer measured in the same run."""
-    lines = ["| machine | op | case | us | against |", "| --- | --- | --- | ---: | --- |"]
+    lines = ["| machine | op | case | us | against | at commit |", "| --- | --- | --- | ---: | --- | --- |"]
     for machine in machines:
         for op, content in machine["ops"].items():
             for row in content["rows"]:
@@ -84,7 +84,8 @@ def summary(machines: list[dict]) -> str:
                     for name, peer in row["peers"].items()
                     if "absent" not in peer
                 ]
-                cells = [machine["machine"], f"`{op}`", row["case"], figure(row["us"]), ", ".join(against)]
+                commit = content["commit"][:7]
+                cells = [machine["machine"], f"`{op}`", row["case"], figure(row["us"]), ", ".join(against), commit]
                 lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -47,19 +47,21 @@ def test_bad_input(change, words):
 
 
 @needs_triton
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int8], ids=str)
 @pytest.mark.parametrize("M", [3, 64, 100])
-@pytest.mark.parametrize("transposed", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize(
+    ("dtype", "transposed"),
+    [(dtype, False) for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.int8)]
+    + [(dtype, True) for dtype in (torch.float32, torch.bfloat16, torch.float16)],
+    ids=str,
+)
 def test_compiles_for_a_gpu(M, dtype, transposed):
-    """Compiled for sm_90 without a device; shared memory fits the GPUs that have least of it."""
+    """Compiled for sm_90 without a device, forward and backward; shared memory fits the GPUs that have least of it."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     from bitkernels.triton.packed_matmul import matmul_kernel, tile
 
-    if dtype == torch.int8 and transposed:
-        pytest.skip("integer activations have no backward product")
     pointer = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int8: "*i8"}[dtype]
     output = "*bf16" if dtype == torch.int8 else pointer
     types = {"p_x": pointer, "p_w": "*i32", "p_y": output, "p_alpha": "*fp32", "p_beta": "*fp32", "p_sum": "*fp32"}

@@ -5,9 +5,6 @@
 
 namespace bitkernels::cuda {
 
-// The same in all lanes, which the compiler cannot know: branches on it do not diverge.
-__device__ inline int uniform(int v) { return __shfl_sync(0xffffffff, v, 0); }
-
 __device__ inline int cluster_index() {
   int i;
   asm("mov.u32 %0, %%clusterid.x;" : "=r"(i));

@@ -8,6 +8,9 @@
 
 namespace bitkernels::cuda {
 
+// The same in all lanes, which the compiler cannot know: branches on it do not diverge.
+__device__ inline int uniform(int v) { return __shfl_sync(0xffffffff, v, 0); }
+
 // Shared memory is addressed by 32-bit integers here, so that the addresses of a stage stay uniform.
 using SharedAddress = uint32_t;
 

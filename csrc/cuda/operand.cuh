@@ -57,25 +57,16 @@ struct SignOperand {
   int first_bit;
   __device__ explicit SignOperand(int t) : first_bit(7 - 2 * t) {}
 
-  // Values of columns 2t, 2t + 1 and 2t + 8, 2t + 9 of both products; `lower` where the rows differ.
-  __device__ void decode(const uint32_t (&upper)[1], const uint32_t (&lower)[1], const Values (&columns)[2][2],
+  // values(i, h): both values of the columns 2t + 8 i and the next, of row g + 8 h.
+  template <typename ValuesOf>
+  __device__ void decode(const uint32_t (&upper)[1], const uint32_t (&lower)[1], const ValuesOf& values,
                          uint32_t (&a)[2][4]) const {
     const uint32_t u[2] = {rotate_left(upper[0], first_bit), rotate_left(upper[0], first_bit - 1)};
     const uint32_t v[2] = {rotate_left(lower[0], first_bit), rotate_left(lower[0], first_bit - 1)};
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      a[i / 2][i % 2 * 2] = choose(columns[i / 2][i % 2], sign_masks(u[0], u[1], i));
-      a[i / 2][i % 2 * 2 + 1] = choose(columns[i / 2][i % 2], sign_masks(v[0], v[1], i));
-    }
-  }
-  __device__ void decode(const uint32_t (&upper)[1], const uint32_t (&lower)[1], const Values (&rows)[2],
-                         uint32_t (&a)[2][4]) const {
-    const uint32_t u[2] = {rotate_left(upper[0], first_bit), rotate_left(upper[0], first_bit - 1)};
-    const uint32_t v[2] = {rotate_left(lower[0], first_bit), rotate_left(lower[0], first_bit - 1)};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      a[i / 2][i % 2 * 2] = choose(rows[0], sign_masks(u[0], u[1], i));
-      a[i / 2][i % 2 * 2 + 1] = choose(rows[1], sign_masks(v[0], v[1], i));
+      a[i / 2][i % 2 * 2] = choose(values(i, 0), sign_masks(u[0], u[1], i));
+      a[i / 2][i % 2 * 2 + 1] = choose(values(i, 1), sign_masks(v[0], v[1], i));
     }
   }
 };

@@ -115,12 +115,12 @@ __device__ void consume(const CUtensorMap& output, const WarpgroupProblem& p, Sh
       for (int i = 0; i < Layout::kSteps; ++i) {
         uint32_t (&operands)[2][4] = a[i % 2];
         if constexpr (kColumnScales) {
-          const auto& c = step.columns;
-          const Values columns[2][2] = {{{c[0][0], c[0][1]}, {c[0][2], c[0][3]}},
-                                        {{c[1][0], c[1][1]}, {c[1][2], c[1][3]}}};
-          operand.decode(step.upper, step.lower, columns, operands);
+          const auto of_column = [&](int i, int) {
+            return Values{step.columns[i / 2][i % 2 * 2], step.columns[i / 2][i % 2 * 2 + 1]};
+          };
+          operand.decode(step.upper, step.lower, of_column, operands);
         } else if constexpr (kScales == ScalesOf::kRows) {
-          operand.decode(step.upper, step.lower, rows, operands);
+          operand.decode(step.upper, step.lower, [&](int, int h) { return rows[h]; }, operands);
         } else {
           operand.decode(step.upper, step.lower, operands);
         }
@@ -276,7 +276,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
   const SharedAddress empty = full + 8 * layout.stages;
   const SharedAddress received = empty + 8 * layout.stages;
   // The same in all lanes, and known to be: what follows from it lives in uniform registers.
-  const int group = __shfl_sync(0xffffffff, threadIdx.x / kWarpgroup, 0);
+  const int group = uniform(threadIdx.x / kWarpgroup);
   const int rank = blocks > 1 ? cluster_rank() : 0;
   const int cluster = static_cast<int>(blockIdx.x) / blocks;
   const int clusters = static_cast<int>(gridDim.x) / blocks;
