@@ -16,11 +16,18 @@ _failed: set[str] = set()
 
 def pytest_addoption(parser):
     parser.addoption("--device", choices=["cpu", "cuda"], help="what to time on (default: a GPU where there is one)")
+    # A peer that tunes itself at the first call of a shape may take minutes for it.
+    parser.addoption("--peer-cases", default="", help="time such peers only where the case's name contains this")
 
 
 @pytest.fixture(scope="session")
 def device(request):
     return harness.device_of(request.config)
+
+
+@pytest.fixture(scope="session")
+def peer_cases(request):
+    return request.config.getoption("--peer-cases")
 
 
 @pytest.fixture(autouse=True)

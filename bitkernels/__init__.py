@@ -31,7 +31,7 @@ _PUBLIC = {
     "unpack_sign": "pack",
     "unpack_ternary": "pack",
 }
-_SUBMODULES = ("checkpoint", "data", "host", "inference", "models", "nn", "reference", "training")
+_SUBMODULES = ("checkpoint", "compat", "data", "host", "inference", "models", "nn", "reference", "training")
 
 __all__ = [*_PUBLIC, *_SUBMODULES, "__version__"]
 

@@ -195,7 +195,7 @@ def ssd_scan(
 
 
 def ssd_step(
-    state: Tensor,  # [B, H, P, N], updated in place
+    state: Tensor,  # [B, H, P, N], or [slots, H, P, N] with state_indices; updated in place
     x: Tensor,  # [B, H, P]
     dt: Tensor,  # [B, H]
     A: Tensor,  # [H]
@@ -206,14 +206,81 @@ def ssd_step(
     dt_bias: Tensor | None = None,  # [H]
     dt_softplus: bool = False,
     dt_limit: tuple[float, float] = (0.0, math.inf),
+    state_indices: Tensor | None = None,  # int [B], the slot of each request, negative: none
 ) -> Tensor:
-    """One token of ``ssd_scan``: updates ``state`` and returns y [B, H, P]."""
+    """One token of ``ssd_scan``: updates ``state`` and returns y [B, H, P], zero for requests without a slot."""
+    if state_indices is not None:
+        held = (state_indices >= 0).nonzero()[:, 0]
+        slots = state_indices[held].long()
+        own, y = state[slots], torch.zeros_like(x)
+        y[held] = ssd_step(
+            own,
+            x[held],
+            dt[held],
+            A,
+            B[held],
+            C[held],
+            D,
+            None if z is None else z[held],
+            dt_bias,
+            dt_softplus,
+            dt_limit,
+        )
+        state[slots] = own
+        return y
     y, h = ssd_scan(
         x[:, None], dt[:, None], A, B[:, None], C[:, None], D, None if z is None else z[:, None], dt_bias,
         state.to(x.dtype), None, None, dt_softplus, dt_limit,
     )  # fmt: skip
     state.copy_(h)
     return y[:, 0]
+
+
+def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: Tensor) -> list[Tensor]:
+    """Philox4x32-10 (Salmon et al., 2011): four 32-bit words, as int64, of counters below 2^32 and int64 seeds."""
+
+    def product(a, b):
+        """The high and low word of a product of words, in halves that an int64 holds."""
+        low, high = (a & 0xFFFF) * b, (a >> 16) * b
+        total = (high & 0xFFFFFFFFFFFF) + (low >> 16)
+        return total >> 16, ((total & 0xFFFF) << 16) | (low & 0xFFFF)
+
+    words = list(counter)
+    keys = [seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF]
+    for _ in range(10):
+        (high_0, low_0), (high_2, low_2) = product(words[0], 0xD2511F53), product(words[2], 0xCD9E8D57)
+        words = [high_2 ^ words[1] ^ keys[0], low_2, high_0 ^ words[3] ^ keys[1], low_0]
+        keys = [(k + step) & 0xFFFFFFFF for k, step in zip(keys, (0x9E3779B9, 0xBB67AE85), strict=True)]
+    return words
+
+
+def state_random_bits(seed: Tensor, position: Tensor, H: int, P: int, N: int) -> Tensor:
+    """The 16 bits that round each element of a 16-bit state, int64 [B, H, P, N].
+
+    They depend on the seed and position of the request and on the element, not on where its state is held: element n
+    of row h P + p takes half ``n % 2`` of word ``n / 2 % 4`` of the draw with counter (n / 8, row, position).
+    """
+    group = torch.arange(-(-N // 8))[None, None, :]
+    row = torch.arange(H * P)[None, :, None]
+    position = position[:, None, None]
+    counter = torch.broadcast_tensors(group, row, position & 0xFFFFFFFF, (position >> 32) & 0xFFFFFFFF)
+    words = torch.stack(philox(counter, seed[:, None, None]), -1)  # [B, H P, groups, 4]
+    halves = torch.stack([words & 0xFFFF, words >> 16], -1).flatten(2)
+    return halves[..., :N].unflatten(1, (H, P))
+
+
+def round_stochastically(v: Tensor, bits: Tensor, dtype: torch.dtype) -> Tensor:
+    """float32 to bfloat16 or float16: away from zero where the part cut off exceeds ``bits`` of 16 bits' range.
+
+    ``v / unit`` lies between two integers, of which the further from zero is taken with the probability of the
+    fraction; a fraction keeps the 16 bits that bfloat16 cuts off, and 13 for float16.
+    """
+    fraction_bits, mantissa, smallest = (16, 7, -133) if dtype == torch.bfloat16 else (13, 10, -24)
+    _, exponent = torch.frexp(v)
+    unit = torch.exp2((exponent - 1 - mantissa).clamp(min=smallest).double())
+    scaled = (v.abs().double() / unit * 2**fraction_bits).long()  # exact, or below the fraction's last bit
+    rounded = (scaled + (bits >> (16 - fraction_bits))) >> fraction_bits
+    return torch.where(v.isfinite(), torch.copysign(rounded * unit, v.double()), v.double()).to(dtype)
 
 
 def causal_conv1d(

@@ -60,13 +60,16 @@ void ssd_scan_backward(const SsdScanBackward&, Executor);
 
 // One token of the scan; the time stride of every view is unused.
 struct SsdStep {
-  void* state;          // [B, H, P, N] state_dtype, strides below, innermost 1
-  Strided x, dt, B, C;  // [B, H, P] dtype, [B, H] acc, [B, G, N] dtype twice
-  Strided z;            // [B, H, P] dtype or null
-  const void* A;        // [H] acc
-  const void* D;        // [H] or [H, P] acc, or null
-  const void* dt_bias;  // [H] acc or null
-  void* y;              // [B, H, P] dtype
+  void* state;                   // [slots, H, P, N] state_dtype, strides below, innermost 1
+  Strided x, dt, B, C;           // [B, H, P] dtype, [B, H] acc, [B, G, N] dtype twice
+  Strided z;                     // [B, H, P] dtype or null
+  const void* A;                 // [H] acc
+  const void* D;                 // [H] or [H, P] acc, or null
+  const void* dt_bias;           // [H] acc or null
+  const int64_t* state_indices;  // [B] the slot of each request, negative for none; null: its index
+  // [B] each, or both null: 16-bit states are rounded stochastically, else to nearest.
+  const int64_t *seed, *position;
+  void* y;  // [B, H, P] dtype
   DType dtype, state_dtype;
   bool D_per_channel, dt_softplus;
   double dt_min, dt_max;

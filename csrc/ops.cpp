@@ -46,8 +46,8 @@ STABLE_TORCH_LIBRARY(bitkernels, m) {
       "Tensor dD, Tensor dz, Tensor ddt_bias, Tensor dinitial_states)");
   m.def(
       "ssd_step(Tensor(a!) state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D=None, "
-      "Tensor? z=None, Tensor? dt_bias=None, bool dt_softplus=False, float dt_min=0.0, float? dt_max=None) -> "
-      "Tensor");
+      "Tensor? z=None, Tensor? dt_bias=None, bool dt_softplus=False, float dt_min=0.0, float? dt_max=None, "
+      "Tensor? state_indices=None, Tensor? seed=None, Tensor? position=None) -> Tensor");
 
   m.def(
       "causal_conv1d(Tensor x, Tensor weight, Tensor? bias=None, Tensor? initial_state=None, "

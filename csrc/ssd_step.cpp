@@ -4,9 +4,44 @@
 namespace bitkernels {
 namespace {
 
+// [B] of every request.
+void check_request(const char* op, const char* argument, const std::optional<Tensor>& t, const Tensor& x) {
+  if (!t) return;
+  check_same_device(op, argument, *t, x);
+  check_dtype(op, argument, *t, ScalarType::Long);
+  check_shape(op, argument, *t, {x.size(0)});
+}
+
+std::optional<Tensor> dense_integers(const std::optional<Tensor>& t) {
+  return t ? std::optional(torch::stable::contiguous(as_dtype(*t, ScalarType::Long))) : std::nullopt;
+}
+
+// The state is [B, H, P, N], or [slots, H, P, N] where state_indices names the slot of each request.
+void check_slots(const char* op, const Tensor& state, const std::optional<Tensor>& state_indices, const Tensor& x,
+                 int64_t N) {
+  const int64_t H = x.size(1), P = x.size(2);
+  if (!state_indices) {
+    check_shape(op, "state", state, {x.size(0), H, P, N});
+    return;
+  }
+  check_rank(op, "state", state, 4, "[slots, H, P, N]");
+  check_shape(op, "state", state, {state.size(0), H, P, N});
+  check_same_device(op, "state_indices", *state_indices, x);
+  check_integer(op, "state_indices", *state_indices);
+  check_shape(op, "state_indices", *state_indices, {x.size(0)});
+  const Tensor slots = *dense_integers(state_indices);
+  const int64_t* slot = static_cast<const int64_t*>(slots.const_data_ptr());
+  for (int64_t i = 0; i < x.size(0); ++i) {
+    check_argument(slot[i] < state.size(0), op, ": state_indices must be below the ", state.size(0),
+                   " slots of state, got ", slot[i]);
+  }
+}
+
 Tensor ssd_step(Tensor state, const Tensor& x, const Tensor& dt, const Tensor& A, const Tensor& B, const Tensor& C,
                 const std::optional<Tensor>& D, const std::optional<Tensor>& z, const std::optional<Tensor>& dt_bias,
-                bool dt_softplus, double dt_min, std::optional<double> dt_max) {
+                bool dt_softplus, double dt_min, std::optional<double> dt_max,
+                const std::optional<Tensor>& state_indices, const std::optional<Tensor>& seed,
+                const std::optional<Tensor>& position) {
   constexpr const char* op = "ssd_step";
   const DType dtype = kernel_dtype(op, "x", x.scalar_type());
   const DType state_dtype = kernel_dtype(op, "state", state.scalar_type());
@@ -16,7 +51,10 @@ Tensor ssd_step(Tensor state, const Tensor& x, const Tensor& dt, const Tensor& A
   check_rank(op, "x", x, 3, "[B, H, P]");
   check_rank(op, "B", B, 3, "[B, G, N]");
   const int64_t batch = x.size(0), H = x.size(1), P = x.size(2), G = B.size(1), N = B.size(2);
-  check_shape(op, "state", state, {batch, H, P, N});
+  check_slots(op, state, state_indices, x, N);
+  check_argument(seed.has_value() == position.has_value(), op, ": seed and position must be given together");
+  check_request(op, "seed", seed, x);
+  check_request(op, "position", position, x);
   check_same_device(op, "dt", dt, x);
   check_floating(op, "dt", dt);
   check_shape(op, "dt", dt, {batch, H});
@@ -42,6 +80,8 @@ Tensor ssd_step(Tensor state, const Tensor& x, const Tensor& dt, const Tensor& A
   const Tensor dtd = dt.scalar_type() == acc ? dt : torch::stable::to(dt, acc);
   const std::optional<Tensor> zd = z ? std::optional(inner_dense(*z)) : std::nullopt, Dd = as_dtype(D, acc),
                               bias = as_dtype(dt_bias, acc);
+  const std::optional<Tensor> slots = dense_integers(state_indices), seeds = dense_integers(seed),
+                              positions = dense_integers(position);
   Tensor held = inner_dense(state);
   const cpu::SsdStep args{.state = held.mutable_data_ptr(),
                           .x = strided_token(xd),
@@ -52,6 +92,9 @@ Tensor ssd_step(Tensor state, const Tensor& x, const Tensor& dt, const Tensor& A
                           .A = Ad.const_data_ptr(),
                           .D = data_or_null(Dd),
                           .dt_bias = data_or_null(bias),
+                          .state_indices = static_cast<const int64_t*>(data_or_null(slots)),
+                          .seed = static_cast<const int64_t*>(data_or_null(seeds)),
+                          .position = static_cast<const int64_t*>(data_or_null(positions)),
                           .y = y.mutable_data_ptr(),
                           .dtype = dtype,
                           .state_dtype = state_dtype,

@@ -10,7 +10,8 @@ from bitkernels import reference
 from bitkernels.triton import causal_conv1d as conv
 from bitkernels.triton import gated_rms_norm as norm
 from bitkernels.triton import ssd_scan as scan
-from bitkernels.triton import ssd_states
+from bitkernels.triton import ssd_scan_backward, ssd_states
+from bitkernels.triton.launch import PLANS
 from bitkernels.triton.ssd_step import ssd_step
 
 SCAN_ARGUMENTS = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_states")
@@ -69,9 +70,15 @@ def check_scan(given=(), dtype=torch.float32, T=50, B=2, H=4, P=20, N=24, G=2, l
             assert_close(f"gradient of {name}", grad, leaves[name].grad, tolerance)
 
 
+@pytest.fixture(autouse=True)
+def no_plans():
+    """Plans are made of constants that tests change."""
+    PLANS.clear()
+
+
 @pytest.fixture(params=[1024, 1], ids=["chunks of one block", "whole sequences"])
 def chunking(request, monkeypatch):
-    monkeypatch.setattr(ssd_states, "MIN_PROGRAMS", request.param)
+    monkeypatch.setattr(ssd_states, "SLOTS", request.param)
 
 
 @pytest.mark.usefixtures("chunking")
@@ -111,8 +118,18 @@ def test_scan_sizes(case):
 
 
 def test_scan_two_blocks_a_chunk(monkeypatch):
-    monkeypatch.setattr(ssd_states, "MIN_PROGRAMS", 3)
+    monkeypatch.setattr(ssd_states, "chunks_of", lambda programs, blocks: 2)
     check_scan(ALL, B=1, H=2, G=1)
+
+
+@pytest.mark.parametrize("cu_seqlens", [None, CU_SEQLENS], ids=["rows", "cu_seqlens"])
+def test_scan_part_by_part(cu_seqlens, monkeypatch):
+    """The states of a chunk at a time, and of three."""
+    monkeypatch.setattr(ssd_states, "SLOTS", 1024)
+    for length in (1, 3):
+        PLANS.clear()
+        monkeypatch.setattr(ssd_scan_backward, "STATE_BYTES", length * 2 * 2 * 20 * 24 * 4)
+        check_scan(ALL, B=1 if cu_seqlens else 2, T=69, H=2, G=1, cu_seqlens=cu_seqlens)
 
 
 def test_scan_strong_and_weak_decay():
@@ -151,6 +168,27 @@ def test_step(given, state_dtype):
     y = ssd_step(state, **token, dt_softplus=True, dt_max=2.0)
     assert_close("y", y, y_ref)
     assert_close("state", state, state_ref)
+
+
+@pytest.mark.parametrize("state_dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("N", [3, 20])
+@pytest.mark.parametrize("scale", [1.0, 2.0**-17, 4e4])
+def test_step_rounds_stochastically(state_dtype, N, scale):
+    """The float32 arithmetic is one exact sum, so that the reference rounds the same numbers."""
+    pool, B = scale * torch.randn(4, 2, 9, N), scale * torch.randn(3, 1, N)
+    pool = pool.to(state_dtype)
+    slots, held = torch.tensor([2, -1, 0]), [0, 2]
+    seed, position = torch.tensor([-5, 1, 2**40 + 7]), torch.tensor([0, 1, 2**33 + 1])
+    bits = reference.state_random_bits(seed, position, 2, 9, N)[held]
+    expected = pool.clone()
+    added = pool[slots[held]].float() + B[held, :, None]
+    expected[slots[held]] = reference.round_stochastically(added, bits, state_dtype)
+    ones = torch.ones(3, 2, 9)
+    y = ssd_step(
+        pool, ones, ones[..., 0], torch.zeros(2), B, B, state_indices=slots, seed=seed, position=position
+    )  # fmt: skip
+    assert torch.equal(pool, expected)
+    assert not y[1].any()
 
 
 CONV_CASES = {

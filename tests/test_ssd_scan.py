@@ -370,3 +370,29 @@ def test_bad_cu_seqlens(ends):
     x, dt, A, B, C = inputs(Case(1, 9, 2, 16, 8), "cpu", torch.float32)[:5]
     with pytest.raises(ValueError, match="ssd_scan: cu_seqlens must"):
         bitkernels.ssd_scan(x, dt, A, B, C, cu_seqlens=torch.tensor(ends))
+
+
+@pytest.mark.gpu
+def test_addresses_beyond_32_bits():
+    """Tokens of a projection of more than 2^31 elements; strong decays make the end independent of the rest."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device is visible")
+    T, H, P, N, tail = 210_000, 80, 64, 128, 2048
+    projected = torch.empty(1, T, 2 * H * P + 2 * N + H, dtype=torch.bfloat16, device="cuda").normal_()
+    assert projected.numel() > 2**31
+    x, B, C = projected[..., H * P : -H].split([H * P, N, N], -1)
+    x, B, C = x.unflatten(-1, (H, P)), B.unsqueeze(2), C.unsqueeze(2)
+    dt, A = torch.ones(1, T, H, device="cuda"), torch.full((H,), -1.0, device="cuda")
+    dy = torch.zeros_like(x[:, -128:]).normal_()
+
+    def last(*tensors):
+        leaves = [t.detach().requires_grad_() for t in tensors]
+        y = bitkernels.ssd_scan(*leaves[:2], A, *leaves[2:])
+        y[:, -128:].backward(dy)
+        return [y.detach(), *(t.grad for t in leaves)]
+
+    results = last(x, dt, B, C)
+    expected = last(*(t[:, -tail:].contiguous() for t in (x, dt, B, C)))
+    for name, out, ref in zip(("y", "dx", "ddt", "dB", "dC"), results, expected, strict=True):
+        # Other divisions into chunks round other sums.
+        assert_close(name, out[:, -128:], ref[:, -128:].double(), TOLERANCE[torch.bfloat16])

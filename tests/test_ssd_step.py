@@ -146,3 +146,166 @@ def test_bad_input(change, words, device):
     good = dict(zip(NAMES, inputs(Case(2, 4, 16, 8, G=2, D="H", z=True), device, torch.float32), strict=True))
     with pytest.raises(ValueError, match=words):
         bitkernels.ssd_step(**{**good, **{k: v.to(device) for k, v in change.items()}})
+
+
+def exact_inputs(device, state_dtype, batch=3, H=4, P=9, N=20):
+    """A step whose float32 arithmetic is one exact sum, ``state + B``."""
+    state, B = torch.randn(batch, H, P, N).to(state_dtype), torch.randn(batch, 1, N)
+    tensors = [state, torch.ones(batch, H, P), torch.ones(batch, H), torch.zeros(H), B, B]
+    return [t.to(device) for t in tensors]
+
+
+def keys(batch, device):
+    seed = torch.tensor([-5, 2**40 + 7, 2**62, 11, 12][:batch], device=device)
+    return seed, torch.tensor([0, 2**33 + 1, 3, 4, 5][:batch], device=device)
+
+
+@pytest.mark.memcheck
+@pytest.mark.parametrize("state_dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("N", [1, 20, 128, 137])
+@pytest.mark.parametrize("scale", [1.0, 2.0**-17, 4e4])
+def test_stochastic_rounding_bit_by_bit(state_dtype, N, scale, device):
+    state, x, dt, A, B, C = exact_inputs(device, state_dtype, N=N)
+    B *= scale
+    state *= scale
+    seed, position = keys(3, device)
+    expected = (state.float() + B[:, :, None]).cpu()
+    bits = reference.state_random_bits(seed.cpu(), position.cpu(), *state.shape[1:])
+    expected = reference.round_stochastically(expected, bits, state_dtype)
+    bitkernels.ssd_step(state, x, dt, A, B, C, seed=seed, position=position)
+    assert torch.equal(state.cpu(), expected)
+
+
+def test_philox_known_answers():
+    """From the authors' test vectors."""
+    known = [
+        ((0,) * 4, (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+        ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+        (
+            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+            (0xA4093822, 0x299F31D0),
+            (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+        ),
+    ]
+    for counter, (low, high), words in known:
+        seed = (high << 32) | low
+        seed = torch.tensor(seed - 2**64 if seed >= 2**63 else seed)
+        drawn = reference.philox(tuple(torch.tensor(c) for c in counter), seed)
+        assert tuple(w.item() for w in drawn) == words
+
+
+@pytest.mark.parametrize("state_dtype", DTYPES[1:], ids=str)
+def test_stochastic_rounding_is_unbiased(state_dtype, device):
+    """Additions of a thousandth of a unit in the last place accumulate; to nearest they are lost."""
+    T, added = 500, torch.finfo(state_dtype).eps / 1000
+    tensors = exact_inputs(device, state_dtype, batch=2, P=64, N=64)
+    tensors[0].fill_(1.0)
+    tensors[4].fill_(added)
+    nearest = tensors[0].clone()
+    seed, position = keys(2, device)
+    for _ in range(T):
+        bitkernels.ssd_step(*tensors, seed=seed, position=position)
+        bitkernels.ssd_step(nearest, *tensors[1:])
+        position += 1
+    assert torch.equal(nearest, torch.ones_like(nearest))
+    # A sum of 2^15 draws of a chance of 1/2: six standard deviations of its mean.
+    mean = (tensors[0].double().mean().item() - 1) / (T * added)
+    assert abs(mean - 1) < 6 / (T / 1000) ** 0.5 / tensors[0].numel() ** 0.5
+
+
+@pytest.mark.memcheck
+@pytest.mark.parametrize("state_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64], ids=str)
+def test_slots(state_dtype, index_dtype, device):
+    """A request updates the slot it names, with the bits of a state of its own; padding and other slots stay."""
+    tensors = inputs(Case(5, 4, 33, 17, G=2, D="H", z=True), device, torch.float32, state_dtype)
+    slots = torch.tensor([6, -1, 0, 3, -7], dtype=index_dtype, device=device)
+    held = [0, 2, 3]
+    seed, position = keys(5, device)
+    pool = torch.randn(8, 4, 33, 17, device=device).to(state_dtype)
+    before = pool.clone()
+    own = [t[held] if i in (0, 1, 2, 4, 5, 7) else t for i, t in enumerate(tensors)]
+    own[0] = pool[slots[held].long()]
+    y = bitkernels.ssd_step(pool, *tensors[1:], state_indices=slots, seed=seed, position=position)
+    y_own = bitkernels.ssd_step(*own, seed=seed[held], position=position[held])
+    assert torch.equal(y[held], y_own)
+    assert torch.equal(y[[1, 4]], torch.zeros_like(y[[1, 4]]))
+    assert torch.equal(pool[slots[held].long()], own[0])
+    others = [1, 2, 4, 5, 7]
+    assert torch.equal(pool[others], before[others])
+    pool_ref = before.double().cpu()
+    y_ref = reference.ssd_step(pool_ref, *wide(*tensors[1:]), state_indices=slots.cpu())
+    assert_close("y", y, y_ref)
+    # Stochastic rounding errs by up to a unit in the last place, to nearest by half of it.
+    assert_close("state", pool, pool_ref, 2 * TOLERANCE[state_dtype])
+
+
+def test_replays_of_a_graph_differ_and_seeds_reproduce(device):
+    state, *rest = exact_inputs(device, torch.bfloat16)
+    seed, position = keys(3, device)
+
+    def step():
+        new = state.clone()
+        bitkernels.ssd_step(new, *rest, seed=seed, position=position)
+        position.add_(1)
+        return new
+
+    if device == "cuda":
+        start = position.clone()
+        step()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = step()
+        position.copy_(start)
+
+        def step():
+            graph.replay()
+            return captured.clone()
+
+    begin = position.clone()
+    first, second = step(), step()
+    assert not torch.equal(first, second)
+    position.copy_(begin)
+    assert torch.equal(step(), first)
+    seed[0] += 1
+    position.copy_(begin)
+    reseeded = step()
+    assert not torch.equal(reseeded[0], first[0])
+    assert torch.equal(reseeded[1:], first[1:])
+
+
+def test_opcheck_of_slots(device):
+    state, *rest = exact_inputs(device, torch.float16)
+    seed, position = keys(3, device)
+    more = (None, None, None, False, 0.0, None, torch.tensor([2, -1, 0], device=device), seed, position)
+    opcheck(torch.ops.bitkernels.ssd_step.default, (state, *rest, *more), grad=False)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"seed": torch.ones(3, dtype=torch.int64)}, "ssd_step: seed and position must be given together"),
+        ({"position": torch.ones(3, dtype=torch.int64)}, "ssd_step: seed and position must be given together"),
+        ({"state_indices": torch.ones(3)}, "ssd_step: state_indices must be int32 or int64, got Float"),
+        ({"state_indices": torch.ones(2, dtype=torch.int32)}, r"ssd_step: state_indices .*got \[2\]"),
+    ],
+)
+def test_bad_slots(change, words, device):
+    tensors = exact_inputs(device, torch.bfloat16)
+    with pytest.raises(ValueError, match=words):
+        bitkernels.ssd_step(*tensors, **{k: v.to(device) for k, v in change.items()})
+
+
+def test_bad_keys(device):
+    tensors, (seed, position) = exact_inputs(device, torch.bfloat16), keys(3, device)
+    with pytest.raises(ValueError, match="ssd_step: seed must be Long, got Int"):
+        bitkernels.ssd_step(*tensors, seed=seed.int(), position=position)
+    with pytest.raises(ValueError, match=r"ssd_step: position .*got \[2\]"):
+        bitkernels.ssd_step(*tensors, seed=seed, position=position[:2])
+
+
+def test_slot_out_of_range():
+    """On a GPU, where reading the indices would wait for it, such a request is padding."""
+    tensors = exact_inputs("cpu", torch.bfloat16)
+    with pytest.raises(ValueError, match="ssd_step: state_indices must be below the 3 slots of state, got 3"):
+        bitkernels.ssd_step(*tensors, state_indices=torch.tensor([0, 3, 1]))

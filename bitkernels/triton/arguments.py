@@ -11,9 +11,22 @@ MAX_SIZE = 2**24
 ACTIVATIONS = (torch.float32, torch.bfloat16, torch.float16)
 
 
+# Triton's functions of these names also serve kernels, and cost microseconds a call.
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def fail(op: str, message: str) -> None:
+    raise ValueError(f"{op}: {message}")
+
+
 def check(holds: bool, op: str, message: str) -> None:
     if not holds:
-        raise ValueError(f"{op}: {message}")
+        fail(op, message)
 
 
 def check_float(op: str, argument: str, t: Tensor) -> None:
@@ -21,7 +34,8 @@ def check_float(op: str, argument: str, t: Tensor) -> None:
 
 
 def check_device(op: str, argument: str, t: Tensor, first: Tensor) -> None:
-    check(t.device == first.device, op, f"{argument} must be on the device of the first argument")
+    if t.device != first.device:
+        fail(op, f"{argument} must be on the device of the first argument")
 
 
 def check_scale(op: str, argument: str, t: Tensor, first: Tensor) -> None:
@@ -31,7 +45,8 @@ def check_scale(op: str, argument: str, t: Tensor, first: Tensor) -> None:
 
 
 def check_shape(op: str, argument: str, t: Tensor, expected: tuple[int, ...]) -> None:
-    check(tuple(t.shape) == expected, op, f"{argument} must be of shape {list(expected)}, got {list(t.shape)}")
+    if t.shape != expected:  # the message is worth building only then: this runs at every call
+        fail(op, f"{argument} must be of shape {list(expected)}, got {list(t.shape)}")
 
 
 def check_packed(op: str, w_packed: Tensor, K: int, per_word: int) -> None:

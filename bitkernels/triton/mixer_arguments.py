@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from bitkernels.triton.arguments import ACTIVATIONS, check, check_device, check_shape
+from bitkernels.triton.arguments import ACTIVATIONS, check, check_device, check_shape, fail
 
 _NAMES = {
     torch.float64: "Double",
@@ -20,11 +20,13 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def check_activation(op: str, argument: str, t: Tensor) -> None:
-    check(t.dtype in ACTIVATIONS, op, f"{argument} must be float32, bfloat16 or float16, got {_name(t.dtype)}")
+    if t.dtype not in ACTIVATIONS:
+        fail(op, f"{argument} must be float32, bfloat16 or float16, got {_name(t.dtype)}")
 
 
 def check_rank(op: str, argument: str, t: Tensor, form: str) -> None:
-    check(t.dim() == form.count(",") + 1, op, f"{argument} must be {form}, got {list(t.shape)}")
+    if t.dim() != form.count(",") + 1:
+        fail(op, f"{argument} must be {form}, got {list(t.shape)}")
 
 
 def check_like(op: str, argument: str, t: Tensor | None, x: Tensor, shape: tuple[int, ...]) -> None:
@@ -32,7 +34,8 @@ def check_like(op: str, argument: str, t: Tensor | None, x: Tensor, shape: tuple
     if t is None:
         return
     check_device(op, argument, t, x)
-    check(t.dtype == x.dtype, op, f"{argument} must be {_name(x.dtype)}, got {_name(t.dtype)}")
+    if t.dtype != x.dtype:
+        fail(op, f"{argument} must be {_name(x.dtype)}, got {_name(t.dtype)}")
     check_shape(op, argument, t, shape)
 
 
@@ -41,7 +44,8 @@ def check_floating(op: str, argument: str, t: Tensor | None, x: Tensor, shape: t
     if t is None:
         return
     check_device(op, argument, t, x)
-    check(t.is_floating_point(), op, f"{argument} must be a floating-point tensor, got {_name(t.dtype)}")
+    if not t.is_floating_point():
+        fail(op, f"{argument} must be a floating-point tensor, got {_name(t.dtype)}")
     check_shape(op, argument, t, shape)
 
 
@@ -62,12 +66,14 @@ def check_heads(op, x, dt, A, B, C, D, z, dt_bias, dt_min, dt_max) -> None:
     G, N = B.shape[-2:]
     check_floating(op, "dt", dt, x, (*lead, H))
     check_like(op, "B", B, x, (*lead, G, N))
-    check(G > 0 and H % G == 0, op, f"B must have a number of groups that divides {H} heads, got {list(B.shape)}")
+    if G <= 0 or H % G != 0:
+        fail(op, f"B must have a number of groups that divides {H} heads, got {list(B.shape)}")
     check_like(op, "C", C, x, (*lead, G, N))
     check_floating(op, "A", A, x, (H,))
     if D is not None:
-        check(tuple(D.shape) in ((H,), (H, P)), op, f"D must be of shape [{H}] or [{H}, {P}], got {list(D.shape)}")
-        check_floating(op, "D", D, x, tuple(D.shape))
+        if D.shape not in ((H,), (H, P)):
+            fail(op, f"D must be of shape [{H}] or [{H}, {P}], got {list(D.shape)}")
+        check_floating(op, "D", D, x, D.shape)
     check_floating(op, "dt_bias", dt_bias, x, (H,))
     check_like(op, "z", z, x, tuple(x.shape))
     if dt_max is not None:
@@ -97,14 +103,27 @@ def check_scan(
     return sequences
 
 
-def check_step(op, state, x, dt, A, B, C, D, z, dt_bias, dt_min, dt_max) -> None:
+def check_step(op, state, x, dt, A, B, C, D, z, dt_bias, dt_min, dt_max, state_indices, seed, position) -> None:
     check_activation(op, "x", x)
     check_activation(op, "state", state)
     check_rank(op, "x", x, "[B, H, P]")
     check_rank(op, "B", B, "[B, G, N]")
     check_device(op, "state", state, x)
     check_heads(op, x, dt, A, B, C, D, z, dt_bias, dt_min, dt_max)
-    check_shape(op, "state", state, (*x.shape, B.shape[2]))
+    batch, H, P = x.shape
+    if state_indices is not None:
+        # Its values stay on the device; the kernel takes those that are too large for padding.
+        check_rank(op, "state", state, "[slots, H, P, N]")
+        check_integer(op, "state_indices", state_indices, x)
+        check_shape(op, "state_indices", state_indices, (batch,))
+    slots = batch if state_indices is None else state.shape[0]
+    check_shape(op, "state", state, (slots, H, P, B.shape[2]))
+    check((seed is None) == (position is None), op, "seed and position must be given together")
+    for argument, t in (("seed", seed), ("position", position)):
+        if t is not None:
+            check_device(op, argument, t, x)
+            check(t.dtype == torch.int64, op, f"{argument} must be Long, got {_name(t.dtype)}")
+            check_shape(op, argument, t, (batch,))
 
 
 def check_taps(op: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
