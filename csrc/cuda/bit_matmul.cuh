@@ -81,17 +81,19 @@ struct BitCursor {
     }
   }
 
-  __device__ void next_stage(const BitMatmulArgs& args) {
-    if (++stage == args.stages) {
-      stage = 0;
+  __device__ void next_stage(const BitMatmulArgs& args, int count) {
+    stage += count;
+    while (stage >= args.stages) {
+      stage -= args.stages;
       parity ^= 1;
     }
   }
 
-  __device__ void next(const BitMatmulArgs& args) {
-    next_stage(args);
-    if (++panel == args.panels) {
-      panel = 0;
+  __device__ void skip(const BitMatmulArgs& args, int count) {
+    next_stage(args, count);
+    panel += count;
+    while (panel >= args.panels) {
+      panel -= args.panels;
       next_tile(args);
     }
   }
@@ -101,31 +103,32 @@ struct BitCursor {
   }
 };
 
+// By a warp.
 template <class Tile, bool kAligned>
 __device__ void bring_weights(const BitMatmulArgs& args, const BitStages& stages, const BitCursor& at) {
+  const int lane = threadIdx.x % 32;
   const int64_t row = int64_t(at.row) * Tile::kRows;
   const SharedAddress to = stages.data + at.stage * Tile::kStageBytes;
   const SharedAddress full = stages.full + at.stage * 8;
-  const int thread = threadIdx.x % 128;
-  if (thread == 0) {
-    const int plane_bytes = at.chunks(args) * Tile::kPlanePitch + Tile::kTokenBytes;
-    barrier_arrive_expecting(full, (kAligned ? Tile::kWeightBytes : 0) + plane_bytes);
-  }
+  const int plane_bytes = at.chunks(args) * Tile::kPlanePitch + Tile::kTokenBytes;
   if constexpr (kAligned) {
+    if (lane > 0) return;
+    barrier_arrive_expecting(full, Tile::kWeightBytes + plane_bytes);
     load_box(&args.weights, to, full, at.panel * kPanelRowBytes, static_cast<int>(row));
   } else {
     // Nothing is written past the end of a row, where planes are zero, nor below the last row, which is not used.
     constexpr int kWords = kPanelRowBytes / 4;
-    const int of_row = thread % kWords;
-    const int word = at.panel * kWords + of_row;
+    const int word = at.panel * kWords + lane;
+    const uint32_t* from = args.packed + row * args.words + word;
 #pragma unroll 1
-    for (int r = thread / kWords; r < Tile::kRows; r += 128 / kWords) {
+    for (int r = 0; r < Tile::kRows; ++r) {
       if (word < args.words && row + r < args.e.columns) {
-        copy_or_zero<4>(to + panel_offset(r, of_row / 4) + of_row % 4 * 4, args.packed + (row + r) * args.words + word,
-                        true);
+        copy_or_zero<4>(to + panel_offset(r, lane / 4) + lane % 4 * 4, from, true);
       }
+      from += args.words;
     }
     barrier_arrive_after_copies(full);
+    if (lane == 0) barrier_arrive_expecting(full, plane_bytes);
   }
 }
 
@@ -138,27 +141,32 @@ __device__ void bring_planes(const BitMatmulArgs& args, const BitStages& stages,
   load_bytes(to + Tile::kPlaneBytes, args.tokens + at.group * Tile::kTokens, Tile::kTokenBytes, full);
 }
 
-// One thread asks for copies, where rows are vectors; else all threads of the warpgroup copy words.
+// Several warps take turns. No more of them than there are stages, as a warp that is two rounds ahead of another would
+// take a stage's last phase for its next one.
 template <class Tile, bool kAligned>
 __device__ void bring(const BitMatmulArgs& args, const BitStages& stages) {
-  const int thread = threadIdx.x % 128;
-  if (kAligned && thread > 0) return;
-  BitCursor at(args);
+  const int warps = min(args.stages, 4);
+  const int warp = threadIdx.x / 32 % 4;
+  if (warp >= warps) return;
+  BitCursor first(args);
+  first.skip(args, warp);
+  BitCursor at = first;
 #pragma unroll 1
-  for (int i = 0; i < args.stages && at.inside(args); ++i) {
+  for (int i = warp; i < args.stages && at.inside(args); i += warps) {
     bring_weights<Tile, kAligned>(args, stages, at);
-    at.next(args);
+    at.skip(args, warps);
   }
   wait_for_previous_kernel();
-  at = BitCursor(args);
+  at = first;
 #pragma unroll 1
-  for (int i = 0; at.inside(args); ++i) {
+  for (int i = warp; at.inside(args); i += warps) {
     if (i >= args.stages) {
       barrier_wait(stages.empty + at.stage * 8, at.parity ^ 1);
       bring_weights<Tile, kAligned>(args, stages, at);
     }
-    if (thread == 0) bring_planes<Tile>(args, stages, at);
-    at.next(args);
+    if (threadIdx.x % 32 == 0) bring_planes<Tile>(args, stages, at);
+    __syncwarp();
+    at.skip(args, warps);
   }
 }
 
@@ -199,30 +207,28 @@ __device__ void multiply(const BitMatmulArgs& args, const BitStages& stages) {
       barrier_wait(stages.full + at.stage * 8, at.parity);
       if (!kAligned) copy_engine_fence();
       const SharedAddress data = stages.data + at.stage * Tile::kStageBytes;
-      const uint64_t a = wgmma_descriptor(data + warp / 4 * (kBitMmaRows * kPanelRowBytes));
-      const uint64_t b = chunk_descriptor(data + Tile::kWeightBytes, Tile::kPlanePitch);
-      const int chunks = at.chunks(args);
+      uint64_t a = wgmma_descriptor(data + warp / 4 * (kBitMmaRows * kPanelRowBytes));
+      uint64_t b = chunk_descriptor(data + Tile::kWeightBytes, Tile::kPlanePitch);
       pin(d);
-      wgmma_fence();
-#pragma unroll
-      for (int c = 0; c < kPanelChunks; c += kBitMmaChunks) {
-        if (c >= chunks) break;
-        const uint64_t ac = a + (c * kChunkBytes >> 4);
-        const uint64_t bc = b + (c * Tile::kPlanePitch >> 4);
+#pragma unroll 1
+      for (int s = at.chunks(args) / kBitMmaChunks; s > 0; --s) {
+        wgmma_fence();
         if constexpr (Tile::kUnequalRegisters) {
           // The compiler does not see the registers that this kernel takes for an instruction of 256 columns.
-          wgmma_bits(*reinterpret_cast<int (*)[64]>(&d[0]), ac, bc, 1);
-          wgmma_bits(*reinterpret_cast<int (*)[64]>(&d[64]), ac, bc + (128 * kChunkBytes >> 4), 1);
+          wgmma_bits(*reinterpret_cast<int (*)[64]>(&d[0]), a, b, 1);
+          wgmma_bits(*reinterpret_cast<int (*)[64]>(&d[64]), a, b + (128 * kChunkBytes >> 4), 1);
         } else {
-          wgmma_bits(d, ac, bc, 1);
+          wgmma_bits(d, a, b, 1);
         }
+        a += kBitMmaChunks * kChunkBytes >> 4;
+        b += kBitMmaChunks * Tile::kPlanePitch >> 4;
       }
       wgmma_commit();
       // The products of the panel before are there, so that those of this one never wait for the next.
       wgmma_wait<1>();
       if (at.panel > 0) release(stages, last);
       last = at.stage;
-      at.next_stage(args);
+      at.next_stage(args, 1);
     }
     wgmma_wait<0>();
     pin(d);
@@ -267,7 +273,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) bit_matmul_kernel(const __g
   if (threadIdx.x == 0) {
 #pragma unroll 1
     for (int i = 0; i < args.stages; ++i) {
-      barrier_init(stages.full + i * 8, kAligned ? 1 : 129);
+      barrier_init(stages.full + i * 8, kAligned ? 1 : 33);
       barrier_init(stages.empty + i * 8, 4 * Tile::kRowGroups);
     }
     barrier_init_fence();
