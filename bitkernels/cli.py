@@ -26,17 +26,6 @@ app = typer.Typer(
 _DEMO_PACKED = Path("runs/demo/packed.safetensors")
 
 
-class Binarize(str, Enum):
-    none = "none"
-    in_proj = "in_proj"
-    all = "all"
-
-
-class WeightFormat(str, Enum):
-    binary = "binary"
-    ternary = "ternary"
-
-
 class Scales(str, Enum):
     column = "column"
     row = "row"
@@ -119,59 +108,67 @@ def demo(
 def train(
     out: Annotated[Path, typer.Option(help="The checkpoint to write.")] = Path("runs/model.safetensors"),
     text: Text = None,
-    teacher: Annotated[
-        Path | None, typer.Option(help="Full-precision checkpoint to distil from; gives tokenizer, shape and start.")
+    recipe: Annotated[
+        str | None,
+        typer.Option(help="What is low-bit and how it is trained. Default: bi-mamba with --teacher, else mamba-2."),
     ] = None,
+    teacher: Annotated[
+        Path | None,
+        typer.Option(
+            help="Checkpoint, folder of a transformers model, or folder of stored logits; gives the tokenizer."
+        ),
+    ] = None,
+    scratch: Annotated[
+        bool, typer.Option("--scratch", help="Random weights, also where a teacher could give them.")
+    ] = False,
     config: Annotated[str, typer.Option(help="Named shape: tiny, demo, 780m, 1.3b, 2.7b.")] = "demo",
     vocab_size: Annotated[int, typer.Option(help="Of the tokenizer that is trained.")] = 512,
-    binarize: Annotated[
-        Binarize | None, typer.Option(help="Low-bit projections. Default: all with --teacher, none without.")
-    ] = None,
-    weight_format: Annotated[WeightFormat, typer.Option("--format", help="Of the low-bit weights.")] = "binary",
     scales: Annotated[Scales, typer.Option(help="Axis of the binary scales.")] = "column",
     steps: Annotated[int, typer.Option(min=1, help="Updates of the weights.")] = 500,
     seconds: Annotated[float | None, typer.Option(help="Train fewer steps where all would take longer.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Windows in a step.")] = 8,
     length: Annotated[int, typer.Option(min=1, help="Tokens of a training window.")] = 128,
-    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 4e-3,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate. Default: the recipe's.")] = None,
     autocast: Annotated[bool, typer.Option(help="bf16 activations; latent weights stay fp32.")] = False,
     device: Device = "auto",
     seed: Seed = 0,
 ) -> None:
-    """Train a model: a full-precision teacher, or with --teacher a low-bit student by distillation.
+    """Train a model by a recipe: a full-precision teacher, or with --teacher a low-bit student.
 
-    One document in twenty is held out for the perplexity that is shown.
+    A full-precision teacher of this package gives a student its shape, and its weights to start from. One document in
+    twenty is held out for the perplexity that is shown.
     """
     with _clear_errors():
         import torch
 
-        from bitkernels.checkpoint import load_checkpoint, save_checkpoint
+        from bitkernels.checkpoint import save_checkpoint
         from bitkernels.data import read_text, shipped_text
         from bitkernels.models import CONFIGS, BiMambaForCausalLM
-        from bitkernels.training import TrainConfig, perplexity
-        from bitkernels.training.run import fit, prepare, student_of
+        from bitkernels.training import perplexity
+        from bitkernels.training.recipes import build, find_recipe
+        from bitkernels.training.run import fit, prepare
+        from bitkernels.training.teachers import load_teacher
 
         where, console = _device(device), Console()
+        chosen = find_recipe(recipe or ("bi-mamba" if teacher else "mamba-2"))
         if config not in CONFIGS:
             raise ValueError(f"--config must be one of {', '.join(CONFIGS)}, got {config!r}")
-        source = load_checkpoint(teacher, where) if teacher else None
-        if source and source.tokenizer is None:
-            raise ValueError(f"{teacher}: a teacher needs its tokenizer in the checkpoint")
+        if chosen.distils and teacher is None:
+            raise ValueError(f"--recipe {chosen.name} learns from a teacher; give one with --teacher")
+        source = load_teacher(teacher, where) if teacher else None
         corpus = prepare(
             shipped_text() if text is None else read_text(text), source and source.tokenizer, vocab_size=vocab_size
         )
-        low_bit = binarize.value if binarize else ("all" if teacher else "none")
         torch.manual_seed(seed)
-        if source and low_bit != "none":
-            model = student_of(source.model, low_bit, weight_format.value, scales.value)
-        else:
-            shape = source.model.config if source else CONFIGS[config]
-            changes = {"binarize": low_bit, "weight_format": weight_format.value, "scales": scales.value}
-            vocabulary = corpus.tokenizer.get_vocab_size()
-            model = BiMambaForCausalLM(shape.replace(vocab_size=vocabulary, **changes)).to(where)
-        plan = TrainConfig(steps, batch_size, length, lr, seed=seed, autocast=torch.bfloat16 if autocast else None)
-        fit(model, corpus, plan, console, "Training", seconds, source and source.model)
-        save_checkpoint(out, model, corpus.tokenizer)
+        ours = source is not None and isinstance(source.model, BiMambaForCausalLM)
+        shape = source.model.config if ours else CONFIGS[config].replace(vocab_size=corpus.tokenizer.get_vocab_size())
+        start = source.model if ours and not scratch and chosen.can_start else None
+        model = build(chosen, shape.replace(scales=scales.value), start).to(where)
+        console.print(f"{chosen.name}: {chosen.summary}; starts from {'the teacher' if start else 'random weights'}.")
+        options = {"batch_size": batch_size, "length": length, "seed": seed} | ({} if lr is None else {"lr": lr})
+        plan = chosen.train_config(steps, autocast=torch.bfloat16 if autocast else None, **options)
+        plan = fit(model, corpus, plan, console, "Training", seconds, source.model if chosen.distils else None)
+        save_checkpoint(out, model, corpus.tokenizer, training=chosen.record(plan))
         console.print(f"Wrote {out}; held-out perplexity {perplexity(model, corpus.held_out, length):.4f}.")
 
 
@@ -191,11 +188,12 @@ def pack(
         checkpoint = _load(file, "cpu")
         if checkpoint.packed:
             raise ValueError(f"{file}: is packed already")
-        if checkpoint.model.config.binarize == "none":
+        if not checkpoint.model.config.low_bit:
             raise ValueError(f"{file}: is a full-precision model; train one with low-bit layers to pack it")
         pack_(checkpoint.model)
         out = out or file.with_name(f"{file.stem}.packed{file.suffix}")
-        save_checkpoint(out, checkpoint.model, checkpoint.tokenizer, getattr(torch, embedding_dtype.value))
+        dtype = getattr(torch, embedding_dtype.value)
+        save_checkpoint(out, checkpoint.model, checkpoint.tokenizer, dtype, checkpoint.training)
         before, after = file.stat().st_size, out.stat().st_size
         typer.echo(
             f"Wrote {out}: {after / 1e6:.2f} MB from {before / 1e6:.2f} MB; "
@@ -287,6 +285,7 @@ def _contents(file: Path) -> dict[str, str]:
         "tensors": contents,
         "tokenizer": f"{len(metadata['tokenizer']):,} bytes of JSON" if "tokenizer" in metadata else "none",
         **{f"config.{name}": str(value) for name, value in metadata["config"].items()},
+        **{f"training.{name}": str(value) for name, value in metadata["training"].items()},
     }
 
 

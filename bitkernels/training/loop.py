@@ -19,6 +19,7 @@ class TrainConfig:
     """How to train. The learning rate warms up linearly and falls to ``final_lr`` of its peak as a cosine.
 
     ``autocast`` is the type of the matmuls' activations (None: fp32); latent weights are always fp32.
+    ``objective`` is ``"cross_entropy"`` or ``"kl"`` against a teacher, where there is one.
     """
 
     steps: int
@@ -32,6 +33,7 @@ class TrainConfig:
     clip: float = 1.0
     seed: int = 0
     autocast: torch.dtype | None = None
+    objective: str = "cross_entropy"
 
     @property
     def tokens(self) -> int:
@@ -53,16 +55,16 @@ def draw_batch(tokens: Tensor, config: TrainConfig, generator: torch.Generator) 
     return tokens[starts + torch.arange(config.length + 1)]
 
 
-def _loss(model: nn.Module, teacher: nn.Module | None, batch: Tensor, autocast: torch.dtype | None) -> Tensor:
+def _loss(model: nn.Module, teacher: nn.Module | None, batch: Tensor, config: TrainConfig) -> Tensor:
     device = batch.device.type
-    context = torch.autocast(device, autocast) if autocast else contextlib.nullcontext()
+    context = torch.autocast(device, config.autocast) if config.autocast else contextlib.nullcontext()
     with context:
         logits = model(batch[:, :-1])
         if teacher is None:
             return next_token_loss(logits, batch[:, 1:])
         with torch.no_grad():
             target = teacher(batch[:, :-1])
-        return distillation_loss(logits, target)
+        return distillation_loss(logits, getattr(target, "logits", target), config.objective)
 
 
 def plan_steps(
@@ -70,7 +72,7 @@ def plan_steps(
     tokens: Tensor,
     config: TrainConfig,
     seconds: float,
-    teacher: BiMambaForCausalLM | None = None,
+    teacher: nn.Module | None = None,
     measured: int = 5,
 ) -> int:
     """How many of at most ``config.steps`` steps fit into ``seconds`` on this machine; changes no weight.
@@ -82,7 +84,7 @@ def plan_steps(
     for _ in range(measured + 1):
         batch = draw_batch(tokens, config, generator).to(model.device)
         start = time.perf_counter()
-        _loss(model, teacher, batch, config.autocast).backward()
+        _loss(model, teacher, batch, config).backward()
         model.zero_grad(set_to_none=True)
         if batch.is_cuda:
             torch.cuda.synchronize()
@@ -95,10 +97,12 @@ def train(
     model: BiMambaForCausalLM,
     tokens: Tensor,  # int64 [T]
     config: TrainConfig,
-    teacher: BiMambaForCausalLM | None = None,
+    teacher: nn.Module | None = None,
     on_step: Callable[[int, Tensor], None] | None = None,
 ) -> None:
     """Trains ``model`` in place: on the next token, or with ``teacher`` on its whole distribution (eq. 6).
+
+    The teacher maps ids [B, T] to logits [B, T, vocab_size], or to an object whose ``logits`` they are.
 
     ``on_step(step, loss)`` is called after each step; the loss is a tensor, so that reading it, which waits
     for the device, is the caller's choice.
@@ -113,7 +117,7 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = config.lr_at(step)
         batch = draw_batch(tokens, config, generator).to(model.device, non_blocking=True)
-        loss = _loss(model, teacher, batch, config.autocast)
+        loss = _loss(model, teacher, batch, config)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), config.clip)
         optimizer.step()

@@ -1,13 +1,15 @@
 """Training objectives."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-def distillation_loss(logits: Tensor, teacher_logits: Tensor) -> Tensor:
+def distillation_loss(logits: Tensor, teacher_logits: Tensor, objective: str = "cross_entropy") -> Tensor:
     """Cross-entropy against the teacher's next-token distribution (Bi-Mamba, eq. 6), averaged over tokens.
 
-    Both are [..., vocab_size]; no gradient reaches the teacher.
+    ``objective="kl"`` takes the teacher's entropy off, which changes the value and no gradient. Both are
+    [..., vocab_size]; no gradient reaches the teacher.
     """
     if logits.shape != teacher_logits.shape:
         raise ValueError(
@@ -15,7 +17,8 @@ def distillation_loss(logits: Tensor, teacher_logits: Tensor) -> Tensor:
             f"and {list(teacher_logits.shape)}"
         )
     target = teacher_logits.detach().float().softmax(-1)
-    return F.cross_entropy(logits.float().flatten(0, -2), target.flatten(0, -2))
+    loss = F.cross_entropy(logits.float().flatten(0, -2), target.flatten(0, -2))
+    return loss + torch.special.xlogy(target, target).sum(-1).mean() if objective == "kl" else loss
 
 
 def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:

@@ -1,6 +1,5 @@
 """The steps of a run that the command line is made of: text to tokens, teacher to student, training with a display."""
 
-import copy
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -13,9 +12,9 @@ from torch import Tensor, nn
 
 from bitkernels.data import encode, split_text, train_tokenizer
 from bitkernels.models import BiMambaForCausalLM
-from bitkernels.nn import binarize_
 from bitkernels.training.evaluate import perplexity
 from bitkernels.training.loop import TrainConfig, plan_steps, train
+from bitkernels.training.recipes import start_from_
 
 # Perplexity while training is an indication, from this many held-out tokens; the table's is from all it is given.
 _GLANCE_TOKENS = 8192
@@ -36,23 +35,12 @@ def prepare(text: str, tokenizer: Tokenizer | None = None, vocab_size: int = 102
     return Corpus(encode(tokenizer, train_text), encode(tokenizer, held_out), tokenizer)
 
 
-def is_projection(name: str, module: nn.Module, binarize: str = "all") -> bool:
-    """The filter for ``binarize_``: a model's in_proj layers, and with ``"all"`` its out_proj layers."""
-    names = {"in_proj": ("in_proj",), "all": ("in_proj", "out_proj")}[binarize]
-    return isinstance(module, nn.Linear) and name.rpartition(".")[2] in names
-
-
 def student_of(
     teacher: BiMambaForCausalLM, binarize: str = "all", weight_format: str = "binary", scales: str = "column"
 ) -> BiMambaForCausalLM:
     """A low-bit model whose latent weights start as the teacher's weights."""
-    if teacher.config.binarize != "none":
-        raise ValueError(f"student_of: the teacher must be full precision, got binarize={teacher.config.binarize!r}")
-    student = copy.deepcopy(teacher)
-    student.config = teacher.config.replace(binarize=binarize, weight_format=weight_format, scales=scales)
-    for layer in student.layers:
-        layer.mixer.config = student.config
-    return binarize_(student, lambda name, module: is_projection(name, module, binarize), weight_format, scales)
+    config = teacher.config.replace(binarize=binarize, weight_format=weight_format, scales=scales)
+    return start_from_(BiMambaForCausalLM(config).to(teacher.device), teacher)
 
 
 def fit(
@@ -62,7 +50,7 @@ def fit(
     console: Console,
     title: str,
     seconds: float | None = None,
-    teacher: BiMambaForCausalLM | None = None,
+    teacher: nn.Module | None = None,
 ) -> TrainConfig:
     """Trains with a progress bar, loss and held-out perplexity; returns the configuration that was used.
 
