@@ -80,13 +80,13 @@ def save_checkpoint(
     path: str | Path,
     model: BiMambaForCausalLM,
     tokenizer: Tokenizer | None = None,
-    embedding_dtype: torch.dtype | None = None,
+    dense_dtype: torch.dtype | None = None,
     training: dict[str, Any] | None = None,
 ) -> None:
     """Writes ``model``, latent or packed, with ``tokenizer``; an interrupted save leaves no file behind.
 
-    ``embedding_dtype`` is what embedding and head are stored in; None keeps the model's. ``training`` says how the
-    model was trained, in types of JSON.
+    ``dense_dtype`` is what embedding, head and full-precision projections are stored in; None keeps the model's.
+    ``training`` says how the model was trained, in types of JSON.
     """
     metadata = {
         "format": FORMAT,
@@ -99,9 +99,9 @@ def save_checkpoint(
     if tokenizer is not None:
         metadata["tokenizer"] = tokenizer.to_str()
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    if embedding_dtype is not None:
-        for name in model.EMBEDDINGS & tensors.keys():
-            tensors[name] = tensors[name].to(embedding_dtype)
+    if dense_dtype is not None:
+        for name in model.dense_weights:
+            tensors[name] = tensors[name].to(dense_dtype)
     with atomic_file(path) as temporary:
         save_file(tensors, temporary, metadata)
 
@@ -164,7 +164,7 @@ def load_checkpoint(
     Args:
         path: the file.
         device: where the model goes.
-        dtype: of the activations, to which embedding and head are cast.
+        dtype: of the activations, to which embedding, head and full-precision projections are cast.
 
     Raises:
         CheckpointError: the file is no checkpoint, of another version, damaged, or inconsistent.

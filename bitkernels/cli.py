@@ -176,7 +176,9 @@ def train(
 def pack(
     file: Annotated[Path, typer.Argument(help="A trained checkpoint with low-bit layers.")],
     out: Annotated[Path | None, typer.Option(help="Default: FILE with .packed before its ending.")] = None,
-    embedding_dtype: Annotated[Dtype, typer.Option(help="What embedding and head are stored in.")] = Dtype.bfloat16,
+    dense_dtype: Annotated[
+        Dtype, typer.Option(help="What embedding, head and full-precision projections are stored in.")
+    ] = Dtype.bfloat16,
 ) -> None:
     """Pack a trained checkpoint's low-bit layers to 1 or 2 bits a weight."""
     with _clear_errors():
@@ -192,7 +194,7 @@ def pack(
             raise ValueError(f"{file}: is a full-precision model; train one with low-bit layers to pack it")
         pack_(checkpoint.model)
         out = out or file.with_name(f"{file.stem}.packed{file.suffix}")
-        dtype = getattr(torch, embedding_dtype.value)
+        dtype = getattr(torch, dense_dtype.value)
         save_checkpoint(out, checkpoint.model, checkpoint.tokenizer, dtype, checkpoint.training)
         before, after = file.stat().st_size, out.stat().st_size
         typer.echo(
@@ -236,20 +238,38 @@ def evaluate(
 ) -> None:
     """Perplexity and bits per byte of a checkpoint on held-out text."""
     with _clear_errors():
-        import math
-
-        from bitkernels.data import encode, read_text, shipped_text, split_text
-        from bitkernels.training import perplexity
+        from bitkernels.data import read_text, shipped_text, split_text
+        from bitkernels.training.evaluate import evaluate_text
 
         checkpoint = _load(file, device, dtype)
         if checkpoint.tokenizer is None:
             raise ValueError(f"{file}: holds no tokenizer")
         held_out = read_text(text) if text else split_text(shipped_text())[1]
-        ids = encode(checkpoint.tokenizer, held_out)[: None if tokens is None else tokens + 1]
-        result = perplexity(checkpoint.model, ids, length)
-        read = len(checkpoint.tokenizer.decode(ids[1:].tolist()).encode())
-        bits = math.log2(result) * (len(ids) - 1) / read
-        typer.echo(f"{file}: perplexity {result:.4f} over {len(ids) - 1} tokens, {bits:.4f} bits per byte")
+        result = evaluate_text(checkpoint.model, checkpoint.tokenizer, held_out, length, tokens)
+        typer.echo(
+            f"{file}: perplexity {result.perplexity:.4f} over {result.tokens} tokens, "
+            f"{result.bits_per_byte:.4f} bits per byte"
+        )
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs, or their trained checkpoints.")],
+    text: Annotated[list[Path] | None, typer.Option(help="Held-out text to evaluate on; may be given again.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for report.md and its pictures.")] = Path("report"),
+    post_training: Annotated[
+        bool, typer.Option("--post-training", help="Also what becomes of the full-precision runs by rounding alone.")
+    ] = False,
+    length: Annotated[int, typer.Option(min=1, help="Tokens of a window.")] = 512,
+    tokens: Annotated[int | None, typer.Option(min=1, help="Read only so many tokens of a text.")] = None,
+    device: Device = "auto",
+) -> None:
+    """Render the papers' tables and pictures from runs."""
+    with _clear_errors():
+        from bitkernels.report import write_report
+
+        write_report(runs, text or [], out, _device(device), length, tokens, post_training)
+        typer.echo(f"Wrote {out / 'report.md'}")
 
 
 @app.command()

@@ -6,7 +6,7 @@ from typer.testing import CliRunner
 from bitkernels.cli import app
 from bitkernels.data import shipped_text
 
-COMMANDS = ["demo", "train", "pack", "generate", "eval", "info"]
+COMMANDS = ["demo", "train", "pack", "generate", "eval", "report", "info"]
 
 
 def invoke(*arguments):

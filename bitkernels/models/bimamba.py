@@ -170,9 +170,6 @@ class BiMambaForCausalLM(nn.Module):
     Layers that share weights have states of their own: a cache has one state for each position of the stack.
     """
 
-    # The tensors whose type set_activation_dtype_ changes.
-    EMBEDDINGS = frozenset({"embedding.weight", "head.weight"})
-
     def __init__(self, config: BiMambaConfig):
         super().__init__()
         self.config = config
@@ -204,15 +201,21 @@ class BiMambaForCausalLM(nn.Module):
         return embedding.out_dtype or embedding.norm_weight.dtype
 
     def set_activation_dtype_(self, dtype: torch.dtype) -> "BiMambaForCausalLM":
-        """Casts embedding and head, and with them the activations; what is ternary, norms, scales and SSM parameters
-        keep their types."""
-        if isinstance(self.embedding, nn.Embedding):
-            self.embedding.to(dtype)
-        else:
+        """Casts embedding, head and full-precision projections, and with them the activations; what is low-bit, norms,
+        scales and SSM parameters keep their types."""
+        for module in self._dense().values():
+            module.to(dtype)
+        if not isinstance(self.embedding, nn.Embedding):
             self.embedding.out_dtype = dtype
-        if isinstance(self.head, nn.Linear):
-            self.head.to(dtype)
         return self
+
+    def _dense(self) -> dict[str, nn.Module]:
+        return {name: m for name, m in self.named_modules() if isinstance(m, nn.Embedding | nn.Linear)}
+
+    @property
+    def dense_weights(self) -> list[str]:
+        """The names of the full-precision matrices, which are stored in 16 bits when the others are packed."""
+        return [f"{name}.weight" for name in self._dense()]
 
     def new_cache(self, batch_size: int, dtype: torch.dtype = torch.float32) -> BiMambaCache:
         """The zero state of ``batch_size`` sequences."""

@@ -46,7 +46,7 @@ def least_squares_scales(weight: Tensor, scales: Scales = "column") -> tuple[Ten
 
 @torch.no_grad()
 def sign_(model: BiMambaForCausalLM, scales: Scales = "column") -> BiMambaForCausalLM:
-    """Naive sign: the projections become ``FBILinear`` layers with least-squares alpha and beta, which can be packed."""
+    """Naive sign: the projections become ``FBILinear`` layers with least-squares scales, which can be packed."""
     _check(model)
 
     def convert(name: str, module: nn.Module) -> nn.Module | None:
