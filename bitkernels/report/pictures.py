@@ -5,6 +5,7 @@ from pathlib import Path
 from torch import Tensor
 
 try:
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 except ImportError as error:
     raise ImportError("bitkernels report needs matplotlib: pip install 'bitkernels[report]'") from error
@@ -34,10 +35,10 @@ def weight_histograms(
     for row, position in zip(axes, positions, strict=True):
         pairs = zip(layer_weights(full, position).items(), layer_weights(low_bit, position).values(), strict=True)
         for ax, ((title, before), after) in zip(row, pairs, strict=True):
-            for values, colour, name in ((before, _FULL, names[0]), (after, _LOW, names[1])):
-                ax.hist(
-                    values.float().flatten().cpu().numpy(), _BINS, density=True, alpha=0.6, color=colour, label=name
-                )
+            values = [before.float().flatten().cpu().numpy(), after.float().flatten().cpu().numpy()]
+            span = min(own.min() for own in values), max(own.max() for own in values)
+            for own, colour, name in zip(values, (_FULL, _LOW), names, strict=True):
+                ax.hist(own, _BINS, range=span, density=True, alpha=0.6, color=colour, label=name)
             ax.set_title(f"layer {position + 1}: {title}", fontsize=8)
             ax.tick_params(labelsize=6)
     axes[0, 0].legend(fontsize=6)
@@ -48,8 +49,8 @@ def curves(path: Path, lines: Curves, x: str, y: str, marker: str = "", log_y: b
     """Named lines of (x, y), on a logarithmic x."""
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     ax = figure.subplots()
-    for name, (xs, ys) in lines.items():
-        ax.plot(xs, ys, marker=marker, label=name)
+    for i, (name, (xs, ys)) in enumerate(lines.items()):
+        ax.plot(xs, ys, marker=marker, label=name, color=colormaps["tab20"](i % 20))
     ax.set_xscale("log")
     if log_y:
         ax.set_yscale("log")

@@ -84,10 +84,10 @@ def rows_of(
         size = None if rounded else packed_file_bytes(model)
         return Row(name, recipe, run, bits, parameters, size, results)
 
+    yield row(run.name, run.recipe, checkpoint.model)
     methods = POST_TRAINING.values() if post_training and not run.config.low_bit else ()
     for method in methods:
         yield row(f"{run.name} rounded", method.name, method.apply(copy.deepcopy(checkpoint.model)))
-    yield row(run.name, run.recipe, checkpoint.model)
 
 
 def results_table(rows: list[Row], texts: list[str]) -> str:
