@@ -119,6 +119,18 @@ def demo(
 def train(
     out: Annotated[Path, typer.Option(help="The checkpoint to write.")] = Path("runs/model.safetensors"),
     text: Text = None,
+    data: Annotated[
+        list[Path] | None,
+        typer.Option(help="Instead of --text: text files, parquet files or folders of them; encoded once."),
+    ] = None,
+    held_out: Annotated[list[Path] | None, typer.Option(help="As --data, for the perplexity.")] = None,
+    cache: Annotated[Path, typer.Option(help="Where encoded --data is kept.")] = Path("runs/cache"),
+    tokenizer: Annotated[Path | None, typer.Option(help="Of --data: a JSON file. Default: one is trained.")] = None,
+    run: Annotated[
+        Path | None, typer.Option(help="Folder of metrics and checkpoints; a run that was stopped goes on from it.")
+    ] = None,
+    checkpoint_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints of --run.")] = 500,
+    log_every: Annotated[int, typer.Option(min=1, help="Steps between lines of metrics of --run.")] = 10,
     teacher: Annotated[
         Path | None, typer.Option(help="Full-precision checkpoint to distil from; gives tokenizer, shape and start.")
     ] = None,
@@ -131,7 +143,10 @@ def train(
     scales: Annotated[Scales, typer.Option(help="Axis of the binary scales.")] = "column",
     steps: Annotated[int, typer.Option(min=1, help="Updates of the weights.")] = 500,
     seconds: Annotated[float | None, typer.Option(help="Train fewer steps where all would take longer.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Windows in a step.")] = 8,
+    batch_size: Annotated[int, typer.Option(min=1, help="Windows in a step, of all processes together.")] = 8,
+    accumulation: Annotated[int, typer.Option(min=1, help="Parts that a process does its windows in.")] = 1,
+    recompute: Annotated[bool, typer.Option(help="Keep no activations of the blocks.")] = False,
+    objective: Annotated[str, typer.Option(help="With --teacher: cross_entropy, kl or next_token.")] = "cross_entropy",
     length: Annotated[int, typer.Option(min=1, help="Tokens of a training window.")] = 128,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 4e-3,
     autocast: Annotated[bool, typer.Option(help="bf16 activations; latent weights stay fp32.")] = False,
@@ -140,39 +155,58 @@ def train(
 ) -> None:
     """Train a model: a full-precision teacher, or with --teacher a low-bit student by distillation.
 
-    One document in twenty is held out for the perplexity that is shown.
+    Of --text, one document in twenty is held out for the perplexity that is shown. Under torchrun, the processes
+    share the model and the batch: torchrun --nproc-per-node 2 -m bitkernels.cli train ...
     """
     with _clear_errors():
         import torch
 
         from bitkernels.checkpoint import load_checkpoint, save_checkpoint
         from bitkernels.data import read_text, shipped_text
+        from bitkernels.distill_loss import OBJECTIVES
         from bitkernels.models import CONFIGS, BiMambaForCausalLM
         from bitkernels.training import TrainConfig, perplexity
-        from bitkernels.training.run import fit, prepare, student_of
+        from bitkernels.training.distributed import processes, rank, whole_model
+        from bitkernels.training.run import fit, prepare, prepare_files, student_of
 
-        where, console = _device(device), Console()
         if config not in CONFIGS:
             raise ValueError(f"--config must be one of {', '.join(CONFIGS)}, got {config!r}")
-        source = load_checkpoint(teacher, where) if teacher else None
-        if source and source.tokenizer is None:
-            raise ValueError(f"{teacher}: a teacher needs its tokenizer in the checkpoint")
-        corpus = prepare(
-            shipped_text() if text is None else read_text(text), source and source.tokenizer, vocab_size=vocab_size
-        )
-        low_bit = binarize.value if binarize else ("all" if teacher else "none")
-        torch.manual_seed(seed)
-        if source and low_bit != "none":
-            model = student_of(source.model, low_bit, weight_format.value, scales.value)
-        else:
-            shape = source.model.config if source else CONFIGS[config]
-            changes = {"binarize": low_bit, "weight_format": weight_format.value, "scales": scales.value}
-            vocabulary = corpus.tokenizer.get_vocab_size()
-            model = BiMambaForCausalLM(shape.replace(vocab_size=vocabulary, **changes)).to(where)
-        plan = TrainConfig(steps, batch_size, length, lr, seed=seed, autocast=torch.bfloat16 if autocast else None)
-        fit(model, corpus, plan, console, "Training", seconds, source and source.model)
-        save_checkpoint(out, model, corpus.tokenizer)
-        console.print(f"Wrote {out}; held-out perplexity {perplexity(model, corpus.held_out, length):.4f}.")
+        if objective not in OBJECTIVES:
+            raise ValueError(f"--objective must be one of {', '.join(OBJECTIVES)}, got {objective!r}")
+        if data and (text or not held_out):
+            raise ValueError("--data takes the place of --text, and needs --held-out")
+        with processes(_device(device)) as where:
+            console = Console(quiet=rank() > 0)
+            source = load_checkpoint(teacher, where) if teacher else None
+            if source and source.tokenizer is None:
+                raise ValueError(f"{teacher}: a teacher needs its tokenizer in the checkpoint")
+            own = source and source.tokenizer
+            if data:
+                corpus = prepare_files(data, held_out, cache, own or tokenizer, vocab_size)
+            else:
+                corpus = prepare(shipped_text() if text is None else read_text(text), own, vocab_size=vocab_size)
+            low_bit = binarize.value if binarize else ("all" if teacher else "none")
+            torch.manual_seed(seed)
+            if source and low_bit != "none":
+                model = student_of(source.model, low_bit, weight_format.value, scales.value)
+            else:
+                shape = source.model.config if source else CONFIGS[config]
+                changes = {"binarize": low_bit, "weight_format": weight_format.value, "scales": scales.value}
+                vocabulary = corpus.tokenizer.get_vocab_size()
+                model = BiMambaForCausalLM(shape.replace(vocab_size=vocabulary, **changes)).to(where)
+            plan = TrainConfig(
+                steps, batch_size, length, lr, seed=seed, autocast=torch.bfloat16 if autocast else None,
+                objective=objective, accumulation=accumulation, recompute=recompute,
+            )  # fmt: skip
+            fit(
+                model, corpus, plan, console, "Training", seconds, source and source.model, run, checkpoint_every,
+                log_every,
+            )  # fmt: skip
+            result = perplexity(model, corpus.held_out, length)
+            whole = whole_model(model)
+            if rank() == 0:
+                save_checkpoint(out, whole, corpus.tokenizer)
+            console.print(f"Wrote {out}; held-out perplexity {result:.4f}.")
 
 
 @app.command()

@@ -25,6 +25,19 @@ def test_row_losses(V, dtype, objective, grad):
     assert_close("gradients", ours, expected, TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_large_logits(objective):
+    """A large value in all logits changes nothing but their own rounding."""
+    logits, teacher = (10_000 + torch.randn(40, 300) for _ in range(2))
+    targets = torch.randint(300, (40,)) if objective == "next_token" else None
+    teacher = None if objective == "next_token" else teacher
+    expected = logits.double()
+    losses = row_losses(logits, teacher, targets, objective, True)
+    wide = None if teacher is None else teacher.double()
+    assert_close("losses", losses, plain(expected, wide, targets, objective, True))
+    assert_close("gradients", logits, expected)
+
+
 def test_target_outside_the_vocabulary():
     losses = row_losses(torch.randn(3, 5), None, torch.tensor([5, 2, -1]), "next_token", True)
     assert losses.isnan().tolist() == [True, False, True]

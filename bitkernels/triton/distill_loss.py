@@ -47,26 +47,27 @@ def row_losses_kernel(
         s_max, b_s_sum = add_block(load_logits(p_s, start + o_block, V, 1), s_max, b_s_sum)
         if TEACHER:
             t_max, b_t_sum = add_block(load_logits(p_t, start + o_block, V, stride_t_v), t_max, b_t_sum)
-    s_log_sum = s_max + tl.log(tl.sum(b_s_sum, 0))
-    t_log_sum = t_max + tl.log(tl.sum(b_t_sum, 0)) if TEACHER else 0.0
+    # Maximum and logarithm are taken off one after the other: their sum would round to the maximum's last place.
+    s_log_sum = tl.log(tl.sum(b_s_sum, 0))
+    t_log_sum = tl.log(tl.sum(b_t_sum, 0)) if TEACHER else 0.0
 
     target = tl.load(p_targets + i_m * stride_g) if not TEACHER else 0
     if not TEACHER:
         # A token outside the vocabulary has no logit: its loss is NaN.
         inside = (target >= 0) & (target < V)
         logit = tl.load(p_s + target, mask=inside, other=float("nan")).to(tl.float32)
-        tl.store(p_losses + i_m, s_log_sum - logit)
+        tl.store(p_losses + i_m, s_log_sum - (logit - s_max))
         # All threads have read the logit before one of them puts its gradient there.
         tl.debug_barrier()
     if GRAD or TEACHER:
         b_loss = tl.zeros([BLOCK], tl.float32)
         for start in range(0, V, BLOCK):
             o_v = start + o_block
-            b_log_q = load_logits(p_s, o_v, V, 1) - s_log_sum
+            b_log_q = load_logits(p_s, o_v, V, 1) - s_max - s_log_sum
             if not TEACHER:
                 b_p = (o_v == target).to(tl.float32)
             else:
-                b_log_p = load_logits(p_t, o_v, V, stride_t_v) - t_log_sum
+                b_log_p = load_logits(p_t, o_v, V, stride_t_v) - t_max - t_log_sum
                 b_p = tl.exp(b_log_p)
                 b_term = b_p * (b_log_p - b_log_q) if KL else -b_p * b_log_q
                 b_loss += tl.where(b_p > 0, b_term, 0.0)
