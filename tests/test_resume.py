@@ -126,11 +126,21 @@ def test_a_checkpoint_that_was_being_written(tmp_path, monkeypatch):
     assert not list(tmp_path.glob(".step*"))
 
 
-def test_another_configuration(tmp_path):
+def test_computed_in_another_way(tmp_path):
+    """A run may go on with other parts and with recomputation; sums are then taken in another order."""
+    expected = run(CONFIG, tiny())
+    run(CONFIG, tiny(), Checkpoints(tmp_path, every=2), stop=3)
+    rest = run(replace(CONFIG, accumulation=2, recompute=True), tiny(), Checkpoints(tmp_path, every=2))
+    assert rest == pytest.approx({step: expected[step] for step in (3, 4, 5, 6)}, rel=1e-5)
+
+
+def test_another_run(tmp_path):
     checkpoints = Checkpoints(tmp_path, every=2)
     run(CONFIG, tiny(), checkpoints, stop=3)
-    with pytest.raises(ValueError, match="another configuration: lr was 0.005 and is 0.001"):
+    with pytest.raises(ValueError, match="of another run: lr was 0.005 and is 0.001"):
         run(replace(CONFIG, lr=1e-3), tiny(), checkpoints)
+    with pytest.raises(ValueError, match=r"of another run: text was \d+ and is \d+"):
+        train(tiny(), TOKENS.flip(0), CONFIG, checkpoints=checkpoints)
     with pytest.raises(ValueError, match="at least 1, got 0 and 2"):
         Checkpoints(tmp_path, every=0)
 

@@ -1,5 +1,6 @@
 """Training batches: windows of the token stream, in an order that the seed alone decides."""
 
+import zlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -7,6 +8,8 @@ import torch
 from torch import Tensor
 
 from bitkernels.data.cache import Tokens
+
+_CHECKED = 2**20
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,12 @@ class Windows:
         self.count = max(1, predictions // length - 1)
         self.slack = predictions - self.count * length
         self._epoch: tuple[int, int, np.ndarray] | None = None
+
+    @property
+    def checksum(self) -> int:
+        """Of the text's first and last tokens: enough to tell one text from another."""
+        ends = np.concatenate([self.tokens[:_CHECKED], self.tokens[-_CHECKED:]]).astype(np.int64)
+        return zlib.crc32(ends.tobytes())
 
     def _begin(self, index: int) -> int:
         epoch, place = divmod(index, self.count)

@@ -1,7 +1,6 @@
 """Checkpoints of a run: all that a step depends on, so that a run goes on as if it had never stopped."""
 
 import contextlib
-import dataclasses
 import json
 import os
 import shutil
@@ -50,8 +49,8 @@ class Checkpoints:
     def due(self, done: int, last: int) -> bool:
         return done % self.every == 0 or done == last
 
-    def save(self, done: int, config: Any, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Saves the state after ``done`` steps of a run of ``config``."""
+    def save(self, done: int, run: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Saves the state after ``done`` steps; ``run`` is all else that decides the steps to come, as JSON has it."""
         place, temporary = self._place(done), self.folder / f".{_PREFIX}{done:08d}"
         if rank() == 0:
             shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
@@ -61,7 +60,7 @@ class Checkpoints:
             dcp.save(_state(model, optimizer), checkpoint_id=temporary, no_dist=not dist.is_initialized())
         if rank() == 0:
             with atomic_file(temporary / "run.json") as path:
-                path.write_text(json.dumps({"step": done, "config": _plain_config(config)}))
+                path.write_text(json.dumps({"step": done, "run": run}))
             if place.is_dir():
                 shutil.rmtree(place)
             os.rename(temporary, place)
@@ -70,21 +69,21 @@ class Checkpoints:
                 shutil.rmtree(self._place(step))
         barrier()
 
-    def load(self, config: Any, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    def load(self, run: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
         """Loads the latest checkpoint, if there is one, in place; returns after how many steps it was made, else 0.
 
         Raises:
-            ValueError: it is of a run with another configuration.
+            ValueError: it is of another ``run``.
         """
         steps = self.steps()
         if not steps:
             return 0
         place = self._place(steps[-1])
-        saved, ours = json.loads((place / "run.json").read_text())["config"], _plain_config(config)
+        saved, ours = json.loads((place / "run.json").read_text())["run"], json.loads(json.dumps(run))
         different = sorted(k for k in saved.keys() | ours.keys() if saved.get(k) != ours.get(k))
         if different:
             changes = ", ".join(f"{k} was {saved.get(k)!r} and is {ours.get(k)!r}" for k in different)
-            raise ValueError(f"{place}: a run of another configuration: {changes}")
+            raise ValueError(f"{place}: of another run: {changes}")
         state = _state(model, optimizer)
         with _quiet():
             dcp.load(state, checkpoint_id=place, no_dist=not dist.is_initialized())
@@ -107,12 +106,6 @@ def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]
     """Tensors that share memory with the model's, so that loading into them loads the model."""
     state = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
     return pytree.tree_map_only(Tensor, plain, state)
-
-
-def _plain_config(config: Any) -> dict[str, Any]:
-    values = dataclasses.asdict(config)
-    return {k: str(v) if isinstance(v, torch.dtype) else list(v) if isinstance(v, tuple) else v
-            for k, v in values.items()}  # fmt: skip
 
 
 def _sync(folder: Path) -> None:

@@ -6,7 +6,8 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +20,9 @@ from bitkernels.models import BiMambaForCausalLM
 from bitkernels.training.checkpoints import Checkpoints
 from bitkernels.training.distributed import is_sharded, mean, rank, shard_, unique_mixers, world_size
 from bitkernels.training.losses import training_loss
+
+# Of fields that say how a step is computed, and not what: a run may go on with others.
+_HOW = {"how": True}
 
 
 @dataclass(frozen=True)
@@ -45,9 +49,9 @@ class TrainConfig:
     seed: int = 0
     autocast: torch.dtype | None = None
     objective: str = "cross_entropy"
-    accumulation: int = 1
-    recompute: bool = False
-    signs_alone: bool = True
+    accumulation: int = field(default=1, metadata=_HOW)
+    recompute: bool = field(default=False, metadata=_HOW)
+    signs_alone: bool = field(default=True, metadata=_HOW)
 
     @property
     def tokens(self) -> int:
@@ -137,6 +141,12 @@ def _optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
 
 
+def _description(config: TrainConfig, windows: Windows) -> dict[str, Any]:
+    """What decides the course of a run, besides the model."""
+    values = {f.name: getattr(config, f.name) for f in fields(config) if not f.metadata.get("how")}
+    return {**values, "autocast": str(config.autocast), "tokens": len(windows.tokens), "text": windows.checksum}
+
+
 def train(
     model: BiMambaForCausalLM,
     tokens: Tensor | Tokens,  # int64 [T], or documents, at whose borders the state restarts
@@ -161,14 +171,15 @@ def train(
         on_start: called with the number of steps that were done before.
 
     Raises:
-        ValueError: the batch cannot be shared out, the text is too short, or a checkpoint is of another configuration.
+        ValueError: the batch cannot be shared out, the text is too short, or a checkpoint is of another run.
     """
     config.part_size(world_size())
     windows = Windows(tokens, config.length, config.seed)
     if world_size() > 1 and not is_sharded(model):
         shard_(model, config.signs_alone)
     optimizer = _optimizer(model, config)
-    begin = checkpoints.load(config, model, optimizer) if checkpoints else 0
+    run = _description(config, windows)
+    begin = checkpoints.load(run, model, optimizer) if checkpoints else 0
     if on_start is not None:
         on_start(begin)
     model.train()
@@ -181,7 +192,7 @@ def train(
             if on_step is not None:
                 on_step(Step(done, loss, norm, config.lr_at(step)))
             if checkpoints is not None and checkpoints.due(done, config.steps):
-                checkpoints.save(done, config, model, optimizer)
+                checkpoints.save(done, run, model, optimizer)
     model.eval()
 
 
