@@ -127,10 +127,11 @@ def train(
     cache: Annotated[Path, typer.Option(help="Where encoded --data is kept.")] = Path("runs/cache"),
     tokenizer: Annotated[Path | None, typer.Option(help="Of --data: a JSON file. Default: one is trained.")] = None,
     run: Annotated[
-        Path | None, typer.Option(help="Folder of metrics and checkpoints; a run that was stopped goes on from it.")
+        Path | None,
+        typer.Option("--run-dir", help="Folder of metrics and checkpoints; a run that was stopped goes on from it."),
     ] = None,
-    checkpoint_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints of --run.")] = 500,
-    log_every: Annotated[int, typer.Option(min=1, help="Steps between lines of metrics of --run.")] = 10,
+    checkpoint_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints of --run-dir.")] = 500,
+    log_every: Annotated[int, typer.Option(min=1, help="Steps between lines of metrics of --run-dir.")] = 10,
     teacher: Annotated[
         Path | None, typer.Option(help="Full-precision checkpoint to distil from; gives tokenizer, shape and start.")
     ] = None,
