@@ -1,6 +1,5 @@
 """The steps of a run that the command line is made of: text to tokens, teacher to student, training with a display."""
 
-import copy
 import hashlib
 import itertools
 import time
@@ -20,12 +19,12 @@ from bitkernels.data import Tokens, documents, encode, split_text, token_cache, 
 from bitkernels.data.documents import Dataset
 from bitkernels.data.tokenizer import TRAINING_CHARACTERS
 from bitkernels.models import BiMambaForCausalLM
-from bitkernels.nn import binarize_
 from bitkernels.training.checkpoints import Checkpoints
 from bitkernels.training.distributed import first_process_first, rank, world_size
 from bitkernels.training.evaluate import perplexity
 from bitkernels.training.loop import Step, TrainConfig, plan_steps, train
 from bitkernels.training.metrics import Metrics
+from bitkernels.training.recipes import start_from_
 
 # Perplexity while training is an indication, from this many held-out tokens; the table's is from all it is given.
 _GLANCE_TOKENS = 8192
@@ -83,23 +82,12 @@ def _cached_tokenizer(sources: Sequence[str | Path | Dataset], cache: Path, voca
     return Tokenizer.from_file(str(path))
 
 
-def is_projection(name: str, module: nn.Module, binarize: str = "all") -> bool:
-    """The filter for ``binarize_``: a model's in_proj layers, and with ``"all"`` its out_proj layers."""
-    names = {"in_proj": ("in_proj",), "all": ("in_proj", "out_proj")}[binarize]
-    return isinstance(module, nn.Linear) and name.rpartition(".")[2] in names
-
-
 def student_of(
     teacher: BiMambaForCausalLM, binarize: str = "all", weight_format: str = "binary", scales: str = "column"
 ) -> BiMambaForCausalLM:
     """A low-bit model whose latent weights start as the teacher's weights."""
-    if teacher.config.binarize != "none":
-        raise ValueError(f"student_of: the teacher must be full precision, got binarize={teacher.config.binarize!r}")
-    student = copy.deepcopy(teacher)
-    student.config = teacher.config.replace(binarize=binarize, weight_format=weight_format, scales=scales)
-    for layer in student.layers:
-        layer.mixer.config = student.config
-    return binarize_(student, lambda name, module: is_projection(name, module, binarize), weight_format, scales)
+    config = teacher.config.replace(binarize=binarize, weight_format=weight_format, scales=scales)
+    return start_from_(BiMambaForCausalLM(config).to(teacher.device), teacher)
 
 
 def fit(
