@@ -31,6 +31,11 @@ RUNS = {
     "accumulated and recomputed": replace(CONFIG, accumulation=2, recompute=True),
     "bfloat16": replace(CONFIG, autocast=torch.bfloat16),
 }
+# Models that runs of CONFIG train as well.
+MODELS = {
+    "shared layers": {"sharing": "universal"},
+    "ternary": {"weight_format": "ternary", "ternary_embedding": True, "ternary_head": True, "tie_embeddings": False},
+}
 # [N, K] of the projections of the 780M model.
 LAYERS = {"in_proj": (6448, 1536), "out_proj": (1536, 3072)}
 
@@ -38,14 +43,14 @@ random = np.random.default_rng(0)
 DATA = Tokens(random.integers(300, size=2000).astype(np.uint16), np.arange(0, 2000, 23))
 
 
-def tiny():
+def tiny(**changes):
     torch.manual_seed(0)
-    return BiMambaForCausalLM(CONFIGS["tiny"].replace(vocab_size=300))
+    return BiMambaForCausalLM(CONFIGS["tiny"].replace(vocab_size=300, **changes))
 
 
-def run(config, checkpoints=None, stop=None):
+def run(config, checkpoints=None, stop=None, **changes):
     """The trained model, and [loss, norm of the gradients] by step; ``stop`` ends the run after so many steps."""
-    model, curve = tiny(), {}
+    model, curve = tiny(**changes), {}
 
     def on_step(step):
         curve[step.done] = [float(step.loss), float(step.grad_norm)]
@@ -82,8 +87,12 @@ class Gathered(TorchDispatchMode):
 
 
 def main(folder):
-    results = {"curves": {name: run(config)[1] for name, config in RUNS.items()}}
+    curves = {name: run(config)[1] for name, config in RUNS.items()}
+    curves |= {name: run(CONFIG, **changes)[1] for name, changes in MODELS.items()}
+    results = {"curves": curves}
     _, results["begun by two"] = run(CONFIG, Checkpoints(folder / "two", every=3), stop=3)
+    stopped = Checkpoints(folder / "stopped", every=2)
+    results["stopped"] = run(CONFIG, stopped, stop=4)[1] | run(CONFIG, stopped)[1]
     model, results["ended by two"] = run(CONFIG, Checkpoints(folder / "one", every=3))
     held_out = torch.from_numpy(DATA.tokens[:129].astype(np.int64))
     results["perplexity"] = perplexity(model, held_out, 16)
