@@ -108,6 +108,19 @@ def demo(
 def train(
     out: Annotated[Path, typer.Option(help="The checkpoint to write.")] = Path("runs/model.safetensors"),
     text: Text = None,
+    data: Annotated[
+        list[Path] | None,
+        typer.Option(help="Instead of --text: text files, parquet files or folders of them; encoded once."),
+    ] = None,
+    held_out: Annotated[list[Path] | None, typer.Option(help="As --data, for the perplexity.")] = None,
+    cache: Annotated[Path, typer.Option(help="Where encoded --data is kept.")] = Path("runs/cache"),
+    tokenizer: Annotated[Path | None, typer.Option(help="Of --data: a JSON file. Default: one is trained.")] = None,
+    run: Annotated[
+        Path | None,
+        typer.Option("--run-dir", help="Folder of metrics and checkpoints; a run that was stopped goes on from it."),
+    ] = None,
+    checkpoint_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints of --run-dir.")] = 500,
+    log_every: Annotated[int, typer.Option(min=1, help="Steps between lines of metrics of --run-dir.")] = 10,
     recipe: Annotated[
         str | None,
         typer.Option(help="What is low-bit and how it is trained. Default: bi-mamba with --teacher, else mamba-2."),
@@ -126,7 +139,9 @@ def train(
     scales: Annotated[Scales, typer.Option(help="Axis of the binary scales.")] = "column",
     steps: Annotated[int, typer.Option(min=1, help="Updates of the weights.")] = 500,
     seconds: Annotated[float | None, typer.Option(help="Train fewer steps where all would take longer.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Windows in a step.")] = 8,
+    batch_size: Annotated[int, typer.Option(min=1, help="Windows in a step, of all processes together.")] = 8,
+    accumulation: Annotated[int, typer.Option(min=1, help="Parts that a process does its windows in.")] = 1,
+    recompute: Annotated[bool, typer.Option(help="Keep no activations of the blocks.")] = False,
     length: Annotated[int, typer.Option(min=1, help="Tokens of a training window.")] = 128,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate. Default: the recipe's.")] = None,
     autocast: Annotated[bool, typer.Option(help="bf16 activations; latent weights stay fp32.")] = False,
@@ -135,8 +150,9 @@ def train(
 ) -> None:
     """Train a model by a recipe: a full-precision teacher, or with --teacher a low-bit student.
 
-    A full-precision teacher of this package gives a student its shape, and its weights to start from. One document in
-    twenty is held out for the perplexity that is shown.
+    A full-precision teacher of this package gives a student its shape, and its weights to start from. Of --text, one
+    document in twenty is held out for the perplexity that is shown. Under torchrun, the processes share the model and
+    the batch: torchrun --nproc-per-node 2 -m bitkernels.cli train ...
     """
     with _clear_errors():
         import torch
@@ -145,31 +161,47 @@ def train(
         from bitkernels.data import read_text, shipped_text
         from bitkernels.models import CONFIGS, BiMambaForCausalLM
         from bitkernels.training import perplexity
+        from bitkernels.training.distributed import processes, rank, whole_model
         from bitkernels.training.recipes import build, find_recipe
-        from bitkernels.training.run import fit, prepare
+        from bitkernels.training.run import fit, prepare, prepare_files
         from bitkernels.training.teachers import load_teacher
 
-        where, console = _device(device), Console()
         chosen = find_recipe(recipe or ("bi-mamba" if teacher else "mamba-2"))
         if config not in CONFIGS:
             raise ValueError(f"--config must be one of {', '.join(CONFIGS)}, got {config!r}")
         if chosen.distils and teacher is None:
             raise ValueError(f"--recipe {chosen.name} learns from a teacher; give one with --teacher")
-        source = load_teacher(teacher, where) if teacher else None
-        corpus = prepare(
-            shipped_text() if text is None else read_text(text), source and source.tokenizer, vocab_size=vocab_size
-        )
-        torch.manual_seed(seed)
-        ours = source is not None and isinstance(source.model, BiMambaForCausalLM)
-        shape = source.model.config if ours else CONFIGS[config].replace(vocab_size=corpus.tokenizer.get_vocab_size())
-        start = source.model if ours and not scratch and chosen.can_start else None
-        model = build(chosen, shape.replace(scales=scales.value), start).to(where)
-        console.print(f"{chosen.name}: {chosen.summary}; starts from {'the teacher' if start else 'random weights'}.")
-        options = {"batch_size": batch_size, "length": length, "seed": seed} | ({} if lr is None else {"lr": lr})
-        plan = chosen.train_config(steps, autocast=torch.bfloat16 if autocast else None, **options)
-        plan = fit(model, corpus, plan, console, "Training", seconds, source.model if chosen.distils else None)
-        save_checkpoint(out, model, corpus.tokenizer, training=chosen.record(plan))
-        console.print(f"Wrote {out}; held-out perplexity {perplexity(model, corpus.held_out, length):.4f}.")
+        if data and (text or not held_out):
+            raise ValueError("--data takes the place of --text, and needs --held-out")
+        with processes(_device(device)) as where:
+            console = Console(quiet=rank() > 0)
+            source = load_teacher(teacher, where) if teacher else None
+            own = source and source.tokenizer
+            if data:
+                corpus = prepare_files(data, held_out, cache, own or tokenizer, vocab_size)
+            else:
+                corpus = prepare(shipped_text() if text is None else read_text(text), own, vocab_size=vocab_size)
+            torch.manual_seed(seed)
+            ours = source is not None and isinstance(source.model, BiMambaForCausalLM)
+            vocabulary = corpus.tokenizer.get_vocab_size()
+            shape = source.model.config if ours else CONFIGS[config].replace(vocab_size=vocabulary)
+            start = source.model if ours and not scratch and chosen.can_start else None
+            model = build(chosen, shape.replace(scales=scales.value), start).to(where)
+            console.print(
+                f"{chosen.name}: {chosen.summary}; starts from {'the teacher' if start else 'random weights'}."
+            )
+            options = {"batch_size": batch_size, "length": length, "seed": seed} | ({} if lr is None else {"lr": lr})
+            options |= {"accumulation": accumulation, "recompute": recompute}
+            plan = chosen.train_config(steps, autocast=torch.bfloat16 if autocast else None, **options)
+            plan = fit(
+                model, corpus, plan, console, "Training", seconds, source.model if chosen.distils else None,
+                run, checkpoint_every, log_every,
+            )  # fmt: skip
+            result = perplexity(model, corpus.held_out, length)
+            whole = whole_model(model)
+            if rank() == 0:
+                save_checkpoint(out, whole, corpus.tokenizer, training=chosen.record(plan))
+            console.print(f"Wrote {out}; held-out perplexity {result:.4f}.")
 
 
 @app.command()

@@ -13,12 +13,11 @@ from typer.testing import CliRunner
 from bitkernels import reference
 from bitkernels.checkpoint import load_checkpoint, save_checkpoint
 from bitkernels.cli import app
-from bitkernels.data import encode, train_tokenizer
+from bitkernels.data import Windows, encode, train_tokenizer
 from bitkernels.models import BiMambaConfig, BiMambaForCausalLM
 from bitkernels.nn import BitEmbedding, BitLinear, FBILinear, pack_
 from bitkernels.nn.ternary import NORM_EPS
-from bitkernels.training import TrainConfig, distillation_loss, perplexity, train
-from bitkernels.training.loop import draw_batch
+from bitkernels.training import TrainConfig, perplexity, train
 from bitkernels.training.post_training import POST_TRAINING, least_squares_scales, round_to_nearest, ternary_
 from bitkernels.training.recipes import RECIPES, build, find_recipe, start_from_
 from bitkernels.training.teachers import StoredLogits, load_teacher, store_logits
@@ -58,7 +57,7 @@ def test_every_recipe_trains_packs_reloads_and_evaluates(recipe, tokens, tmp_pat
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     config = recipe.train_config(3, batch_size=2, length=16)
     losses = []
-    train(model, tokens, config, teacher if recipe.distils else None, lambda step, loss: losses.append(float(loss)))
+    train(model, tokens, config, teacher if recipe.distils else None, lambda step: losses.append(float(step.loss)))
     assert all(map(math.isfinite, losses))
     unchanged = [name for name, parameter in model.named_parameters() if torch.equal(parameter, before[name])]
     assert not unchanged
@@ -219,15 +218,6 @@ def test_starting_from_another_shape_is_an_error():
         start_from_(make("bi-mamba"), make("bi-mamba"))
 
 
-def test_kl_differs_from_cross_entropy_by_the_teachers_entropy():
-    student, teacher = torch.randn(2, 3, 7, requires_grad=True), torch.randn(2, 3, 7)
-    kl, cross_entropy = (distillation_loss(student, teacher, objective) for objective in ("kl", "cross_entropy"))
-    expected = F.kl_div(student.log_softmax(-1), teacher.softmax(-1), reduction="none").sum(-1).mean()
-    torch.testing.assert_close(kl, expected)
-    grads = [torch.autograd.grad(loss, student)[0] for loss in (kl, cross_entropy)]
-    torch.testing.assert_close(*grads)
-
-
 class ForeignOutput:
     def __init__(self, logits):
         self.logits = logits
@@ -253,8 +243,8 @@ def test_teachers_of_every_kind_teach_the_same(tokens, tokenizer, tmp_path):
     torch.manual_seed(0)
     teacher = BiMambaForCausalLM(SHAPE.replace(vocab_size=300)).eval()
     config = TrainConfig(2, batch_size=2, length=8, objective="kl")
-    generator = torch.Generator().manual_seed(config.seed)
-    batches = [draw_batch(tokens, config, generator)[:, :-1] for _ in range(config.steps)]
+    windows = Windows(tokens, config.length, config.seed)
+    batches = [windows.batch(2 * step, 2).tokens[:, :-1] for step in range(config.steps)]
     store_logits(tmp_path / "logits", teacher, batches, tokenizer, torch.float32)
     save_checkpoint(tmp_path / "teacher.safetensors", teacher, tokenizer)
     teachers = [
@@ -267,7 +257,7 @@ def test_teachers_of_every_kind_teach_the_same(tokens, tokenizer, tmp_path):
     for model in teachers:
         torch.manual_seed(1)
         student, own = build(RECIPES["bi-mamba-kl"], SHAPE.replace(vocab_size=300)), []
-        train(student, tokens, config, model, lambda step, loss, own=own: own.append(float(loss)))
+        train(student, tokens, config, model, lambda step, own=own: own.append(float(step.loss)))
         losses.append(own)
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     assert losses[0] == pytest.approx(losses[2], rel=1e-5)

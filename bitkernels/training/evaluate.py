@@ -4,12 +4,12 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor
 
 from bitkernels.data import encode
 from bitkernels.models import BiMambaForCausalLM
-from bitkernels.training.losses import next_token_loss
 
 
 @torch.no_grad()
@@ -33,7 +33,8 @@ def perplexity(model: BiMambaForCausalLM, tokens: Tensor, length: int = 256, bat
     for window in windows:
         window = window.to(model.device)
         targets = window[:, 1:]
-        total += float(next_token_loss(model(window[:, :-1]), targets)) * targets.numel()
+        logits = model(window[:, :-1]).float()
+        total += float(F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum"))
     model.train(training)
     return math.exp(total / predictions)
 
