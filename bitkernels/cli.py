@@ -134,7 +134,7 @@ def train(
     scratch: Annotated[
         bool, typer.Option("--scratch", help="Random weights, also where a teacher could give them.")
     ] = False,
-    config: Annotated[str, typer.Option(help="Named shape: tiny, demo, 780m, 1.3b, 2.7b.")] = "demo",
+    config: Annotated[str, typer.Option(help="Named shape: tiny, demo, 170m, 780m, 1.3b, 2.7b.")] = "demo",
     vocab_size: Annotated[int, typer.Option(help="Of the tokenizer that is trained.")] = 512,
     scales: Annotated[Scales, typer.Option(help="Axis of the binary scales.")] = "column",
     steps: Annotated[int, typer.Option(min=1, help="Updates of the weights.")] = 500,
@@ -183,7 +183,7 @@ def train(
                 corpus = prepare(shipped_text() if text is None else read_text(text), own, vocab_size=vocab_size)
             torch.manual_seed(seed)
             ours = source is not None and isinstance(source.model, BiMambaForCausalLM)
-            vocabulary = corpus.tokenizer.get_vocab_size()
+            vocabulary = source.vocab_size if source else corpus.tokenizer.get_vocab_size()
             shape = source.model.config if ours else CONFIGS[config].replace(vocab_size=vocabulary)
             start = source.model if ours and not scratch and chosen.can_start else None
             model = build(chosen, shape.replace(scales=scales.value), start).to(where)

@@ -2,6 +2,8 @@
 
 import copy
 import math
+import sys
+import types
 
 import pytest
 import torch
@@ -263,6 +265,22 @@ def test_teachers_of_every_kind_teach_the_same(tokens, tokenizer, tmp_path):
     assert losses[0] == pytest.approx(losses[2], rel=1e-5)
     with pytest.raises(ValueError, match="no logits for window 1"):
         teachers[2](torch.stack([batches[0][0], batches[0][0] + 1]))
+
+
+def test_a_folder_of_the_transformers_library(tokenizer, tmp_path, monkeypatch):
+    """With a stand-in for the library, which answers as its causal language models do."""
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ImportError, match="needs the transformers library"):
+        load_teacher(tmp_path)
+    foreign = ForeignTeacher(BiMambaForCausalLM(SHAPE.replace(vocab_size=320)))
+    foreign.config = types.SimpleNamespace(vocab_size=320)
+    auto = types.SimpleNamespace(from_pretrained=lambda path, local_files_only: foreign if local_files_only else None)
+    monkeypatch.setitem(sys.modules, "transformers", types.SimpleNamespace(AutoModelForCausalLM=auto))
+    teacher = load_teacher(tmp_path)
+    assert teacher.vocab_size == 320
+    assert teacher.tokenizer.get_vocab_size() <= 300
+    assert not any(parameter.requires_grad for parameter in teacher.model.parameters())
 
 
 def test_a_folder_without_a_tokenizer_is_no_teacher(tmp_path):

@@ -38,7 +38,9 @@ def weight_histograms(
             values = [before.float().flatten().cpu().numpy(), after.float().flatten().cpu().numpy()]
             span = min(own.min() for own in values), max(own.max() for own in values)
             for own, colour, name in zip(values, (_FULL, _LOW), names, strict=True):
-                ax.hist(own, _BINS, range=span, density=True, alpha=0.6, color=colour, label=name)
+                ax.hist(
+                    own, _BINS, range=span, density=True, histtype="stepfilled", alpha=0.6, color=colour, label=name
+                )
             ax.set_title(f"layer {position + 1}: {title}", fontsize=8)
             ax.tick_params(labelsize=6)
     axes[0, 0].legend(fontsize=6)

@@ -23,6 +23,7 @@ class Teacher:
 
     model: nn.Module
     tokenizer: Tokenizer
+    vocab_size: int  # of the logits, which may be padded beyond the tokenizer's
 
 
 def load_teacher(path: str | Path, device: torch.device | str = "cpu") -> Teacher:
@@ -40,18 +41,19 @@ def load_teacher(path: str | Path, device: torch.device | str = "cpu") -> Teache
         checkpoint = load_checkpoint(path, device)
         if checkpoint.tokenizer is None:
             raise ValueError(f"{path}: a teacher needs its tokenizer in the checkpoint")
-        return Teacher(checkpoint.model, checkpoint.tokenizer)
+        return Teacher(checkpoint.model, checkpoint.tokenizer, checkpoint.model.config.vocab_size)
     if not (path / "tokenizer.json").is_file():
         raise ValueError(f"{path}: a teacher's folder needs a tokenizer.json")
     tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
     if (path / _META).is_file():
-        return Teacher(StoredLogits(path), tokenizer)
+        stored = StoredLogits(path)
+        return Teacher(stored, tokenizer, stored.vocab_size)
     try:
         from transformers import AutoModelForCausalLM
     except ImportError as error:
         raise ImportError(f"{path}: reading it needs the transformers library") from error
     model = AutoModelForCausalLM.from_pretrained(path, local_files_only=True)
-    return Teacher(model.to(device).eval().requires_grad_(False), tokenizer)
+    return Teacher(model.to(device).eval().requires_grad_(False), tokenizer, model.config.vocab_size)
 
 
 def _key(row: Tensor) -> bytes:
@@ -104,7 +106,8 @@ class StoredLogits(nn.Module):
         super().__init__()
         self.folder = Path(folder)
         meta = json.loads((self.folder / _META).read_text())
-        shape = (meta["windows"], meta["length"], meta["vocab_size"])
+        self.vocab_size = meta["vocab_size"]
+        shape = (meta["windows"], meta["length"], self.vocab_size)
         self._logits = np.memmap(self.folder / _LOGITS, meta["dtype"], "r", shape=shape)
         keys = (self.folder / _KEYS).read_bytes()
         self._rows = {keys[i * _KEY_BYTES : (i + 1) * _KEY_BYTES]: i for i in range(meta["windows"])}
