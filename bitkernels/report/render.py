@@ -37,7 +37,7 @@ def write_report(
 
     Args:
         paths: of runs (see ``read_run``). The first full-precision one of a shape is what low-bit ones are compared to.
-        texts: held-out texts, on which every model is evaluated; without one, losses are those of training.
+        texts: held-out texts, on which every model is evaluated.
         out: a folder, made where it does not exist.
         device: where models are evaluated.
         length: tokens of an evaluated window.
@@ -82,10 +82,12 @@ def _training_curves(runs: list[Run], out: Path) -> list[str]:
 
 
 def _loss(row: Row) -> float | None:
+    """On the first text, or without texts the last that was measured while training. Not the training loss: those of
+    several objectives cannot be compared."""
     if row.results:
         return math.log(row.results[0].perplexity)
-    losses = row.run.curve("loss")[1] if row.recipe == row.run.recipe else []
-    return losses[-1] if losses else None
+    measured = row.run.curve("held_out_perplexity")[1] if row.recipe == row.run.recipe else []
+    return math.log(measured[-1]) if measured else None
 
 
 def _frontier(rows: list[Row], out: Path) -> list[str]:
@@ -98,11 +100,9 @@ def _frontier(rows: list[Row], out: Path) -> list[str]:
             ys.append(loss)
     if not lines:
         return []
-    measured = "held-out" if rows[0].results else "training"
-    pictures.curves(out / "frontier.png", lines, "parameter-bits", f"{measured} loss, nats a token", "o")
-    return _picture(
-        "Parameter-bits against loss", "frontier.png", f"The {measured} loss of each model; a line for each recipe."
-    )
+    pictures.curves(out / "frontier.png", lines, "parameter-bits", "held-out loss, nats a token", "o")
+    text = "The held-out loss of each model, on the first text where there is one; a line for each recipe."
+    return _picture("Parameter-bits against loss", "frontier.png", text)
 
 
 def _reference(run: Run, runs: list[Run]) -> Run | None:
