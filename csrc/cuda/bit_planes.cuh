@@ -132,18 +132,17 @@ __device__ inline void to_planes(const uint32_t (&e)[8], bool upper, uint32_t (&
   exchange_bits<4, 0x0f0f0f0f>(plane[2], plane[3]);
 }
 
-// What the tensor cores counted, added up by the weight of its plane: sums over planes of limb l, the top one of the
-// last limb being the sign. c[..][column / 8][row / 8 * 2 + column % 2]; the four lanes of a row have two columns of
-// eight each. Lane t gets one of two rows, t / 2, and one half of the tokens, t % 2.
-template <int kTokens, int kLimbs, int kProducts, int kBlocks, int kSent>
-__device__ void add_planes(const int (&c)[kProducts][kBlocks][4], int l, int (&sum)[kSent]) {
+// What the tensor cores counted (d as in wgmma.cuh), added up by the weight of its plane: sums over planes of limb l,
+// the top one of the last limb being the sign. The four lanes of a row have two columns of eight each. Lane t gets one
+// of two rows, t / 2, and one half of the tokens, t % 2.
+template <int kTokens, int kLimbs, int kSums, int kKept>
+__device__ void add_planes(const int (&d)[kSums], int l, int (&sum)[kKept]) {
   const int t = threadIdx.x % 4;
   int half[kTokens];
 #pragma unroll
   for (int m = 0; m < kTokens; ++m) {
-    const int block = (m * kLimbs + l) * 2;
-    const int (&low)[4] = c[block / kBlocks][block % kBlocks];
-    const int (&high)[4] = c[block / kBlocks][block % kBlocks + 1];
+    const int* low = d + (m * kLimbs + l) * 8;
+    const int* high = low + 4;
     const int top = l == kLimbs - 1 && t == 3 ? -512 : 512;
     int row[2];
 #pragma unroll
@@ -153,8 +152,8 @@ __device__ void add_planes(const int (&c)[kProducts][kBlocks][4], int l, int (&s
     half[m] = (t < 2 ? row[0] : row[1]) + __shfl_xor_sync(0xffffffff, t < 2 ? row[1] : row[0], 2);
   }
 #pragma unroll
-  for (int i = 0; i < kSent; ++i) {
-    const int other = half[(i + kSent) % kTokens];
+  for (int i = 0; i < kKept; ++i) {
+    const int other = half[(i + kKept) % kTokens];
     sum[i] = (t % 2 ? other : half[i]) + __shfl_xor_sync(0xffffffff, t % 2 ? half[i] : other, 1);
   }
 }

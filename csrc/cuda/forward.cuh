@@ -1,6 +1,7 @@
 // y = epilogue(prepared x times packed weights): which kernel does it.
 #pragma once
 
+#include "bit_launch.cuh"
 #include "fused_launch.cuh"
 #include "skinny.cuh"
 #include "tiled.cuh"
@@ -41,23 +42,48 @@ Choice choose(const Prepared& x, int64_t N) {
 // Enough for any kernel: which one runs also depends on where the tensors lie.
 template <typename F>
 int64_t forward_workspace(const void* activations, int64_t M, int64_t N, int64_t K, DType dtype, bool by_column) {
-  if (warpgroup_applies(dtype, K, by_column)) return warpgroup_workspace<F>(activations, M, K);
+  const int64_t bits = bits_apply(M, K) ? bits_workspace<F>(dtype, M, N, K) : 0;
+  if (warpgroup_applies(dtype, K, by_column)) {
+    const int64_t warpgroup = warpgroup_workspace<F>(activations, M, K);
+    return bits > warpgroup ? bits : warpgroup;
+  }
   const Prepared x = prepared<F>(M, K, dtype, nullptr);
   const Choice choice = choose<F>(x, N);
   const int64_t partial = choice.parts > 1 ? choice.parts * x.rows * N * sizeof(float) : 0;
-  return prepared_bytes<F>(M, K, dtype) + partial;
+  const int64_t bytes = prepared_bytes<F>(M, K, dtype) + partial;
+  return bits > bytes ? bits : bytes;
 }
 
-// Before the table: up to 8 tokens take one fused kernel where the card has its instructions and where their
-// activations fit in shared memory.
+enum class HopperKernel { kNone, kFused, kBits, kWarpgroup };
+
+// Before the table, on Hopper: one launch for one token, or for four where rows are so few that processors would idle
+// without its split of K. Then products of single bits as long as they are expected to take less than decoding does.
+template <typename F>
+HopperKernel choose_on_hopper(const TokenSource& s, const Weights& w) {
+  constexpr int64_t kFewRows = 64 * kBitMmaRows;
+  const bool bits = bits_apply(s.M, s.K);
+  const bool few = s.M == 1 || (s.M <= 4 && w.rows <= kFewRows);
+  if ((few || !bits) && fused_applies<F>(s, w)) return HopperKernel::kFused;
+  const bool by_column = s.scale != nullptr;
+  const bool warpgroup = warpgroup_applies(s.dtype, s.K, by_column);
+  if (bits && (!warpgroup || plan_bits<F>(s.dtype, s.M, w.rows, s.K).cycles <
+                                 warpgroup_cycles<F>(s.dtype, by_column, s.M, w.rows, s.K))) {
+    return HopperKernel::kBits;
+  }
+  return warpgroup ? HopperKernel::kWarpgroup : HopperKernel::kNone;
+}
+
 template <typename F>
 void run_forward(const TokenSource& source, const uint32_t* w_packed, const Epilogue& e, void* workspace,
                  cudaStream_t stream) {
   const int64_t N = e.columns;
   const Weights w = weights(w_packed, N, ceil_div(source.K, F::kPerWord));
-  if (fused_applies<F>(source, w)) return run_fused<F>(source, w, e, stream);
-  if (warpgroup_applies(source.dtype, source.K, source.scale))
-    return run_warpgroup_forward<F>(source, w, e, workspace, stream);
+  switch (choose_on_hopper<F>(source, w)) {
+    case HopperKernel::kFused: return run_fused<F>(source, w, e, stream);
+    case HopperKernel::kBits: return run_bits<F>(source, w, e, workspace, stream);
+    case HopperKernel::kWarpgroup: return run_warpgroup_forward<F>(source, w, e, workspace, stream);
+    case HopperKernel::kNone: break;
+  }
   const Prepared x = prepared<F>(source.M, source.K, source.dtype, workspace);
   prepare_tokens<F>(source, x, stream);
   const Choice choice = choose<F>(x, N);

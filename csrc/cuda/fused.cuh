@@ -46,8 +46,6 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_kernel(const __grid_co
   constexpr int kTogether = kTokens < 8 ? 1 : 2;  // tokens of one lane, which share the loads of the scales
   constexpr int kPairs = kTokens / kTogether;
   constexpr int kPlanePitch = plane_pitch(kColumns);
-  constexpr int kProducts = kColumns < 64 ? 1 : kColumns / 64;
-  constexpr int kBlocksOfColumns = kColumns / kProducts / 8;
 
   constexpr int kSent = kTokens > 1 ? kTokens / 2 : 1;  // values of one lane
   extern __shared__ uint4 shared[];
@@ -260,30 +258,28 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_kernel(const __grid_co
 
 #pragma unroll 1
   for (int tile = group; tile < tiles; tile += kFusedGroups) {
-    int c[kProducts][kBlocksOfColumns][4] = {};
+    int d[kColumns / 2] = {};
 #pragma unroll 1
     for (int chunk = 0; chunk < chunks; chunk += args.width) {
       const uint8_t* stage = ring.wait();
-      const uint64_t b = chunk_operand(planes + chunk * kPlanePitch, kPlanePitch);
+      const uint64_t b = chunk_descriptor(shared_address(planes + chunk * kPlanePitch), kPlanePitch);
       const int products = (min(chunks - chunk, args.width) + 1) / kBitMmaChunks;
 #pragma unroll 1
       for (int s = 0; s < products; ++s) {
-        const uint64_t a = panel_operand(stage, s);
-        begin_bit_mma();
-#pragma unroll
-        for (int p = 0; p < kProducts; ++p) {
-          bit_mma(c[p], a, b + ((s * kBitMmaChunks * kPlanePitch + p * 64 * kChunkBytes) >> 4));
-        }
-        end_bit_mma();
+        const uint64_t a = panel_descriptor(shared_address(stage), s);
+        wgmma_fence();
+        wgmma_bits(d, a, b + (s * kBitMmaChunks * kPlanePitch >> 4), 1);
+        wgmma_commit();
       }
-      wait_for_bit_mma();
+      wgmma_wait<0>();
+      pin(d);
       ring.release();
     }
 
     const int t = lane % 4;
     int sum[kLimbs][kSent];
 #pragma unroll
-    for (int l = 0; l < kLimbs; ++l) add_planes<kTokens, kLimbs>(c, l, sum[l]);
+    for (int l = 0; l < kLimbs; ++l) add_planes<kTokens, kLimbs>(d, l, sum[l]);
     const int first_sent = kTokens > 1 ? t % 2 * kSent : 0;
     uint32_t values[kSent];
 #pragma unroll

@@ -71,6 +71,13 @@ __device__ inline void load_box(const CUtensorMap* map, SharedAddress to, Shared
       : "memory");
 }
 
+// Consecutive bytes, a multiple of 16.
+__device__ inline void load_bytes(SharedAddress to, const void* from, int bytes, SharedAddress barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+               "l"(from), "r"(bytes), "r"(barrier)
+               : "memory");
+}
+
 // One thread's stores form a group; what they read may be written again once the group has been waited for.
 __device__ inline void store_box(const CUtensorMap* map, SharedAddress from, int column, int row) {
   asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map), "r"(from),

@@ -1,6 +1,8 @@
 // y = x times packed weights by the warpgroup kernel: what it takes, and what is made ready for it.
 #pragma once
 
+#include <type_traits>
+
 #include "format.cuh"
 #include "warpgroup_plan.cuh"
 
@@ -81,6 +83,40 @@ __global__ void __launch_bounds__(256)
   }
   sum = block_reduce(sum, Sum(), sum_scratch);
   if (threadIdx.x == 0) tokens[m] = {scale, __int_as_float(sum), 0.0f};
+}
+
+template <ScalesOf kScales>
+using constant_of = std::integral_constant<ScalesOf, kScales>;
+
+// Calls f with the operand that weights become, what their scales follow and the type of activations and outputs.
+template <typename F, typename Function>
+auto with_operand(DType dtype, bool by_column, Function&& f) {
+  using std::type_identity;
+  const auto with_type = [&](auto t) {
+    using T = decltype(t);
+    if constexpr (F::kInteger) {
+      return f(type_identity<TernaryInt8Operand>(), constant_of<ScalesOf::kNothing>(), t);
+    } else if constexpr (F::kPerWord == TernaryOperand<T>::kPerWord) {
+      return f(type_identity<TernaryOperand<T>>(), constant_of<ScalesOf::kNothing>(), t);
+    } else {
+      if (by_column) return f(type_identity<SignOperand<T>>(), constant_of<ScalesOf::kColumns>(), t);
+      return f(type_identity<SignOperand<T>>(), constant_of<ScalesOf::kRows>(), t);
+    }
+  };
+  return dtype == DType::kBFloat16 ? with_type(bf16()) : with_type(fp16());
+}
+
+// What a call is expected to take, in processor cycles, the launches included: tiles of int8 decode twice as many
+// columns in a step, and quantise first.
+template <typename F>
+int64_t warpgroup_cycles(DType dtype, bool by_column, int64_t M, int64_t N, int64_t K) {
+  constexpr int kLaunchCycles = 3000;
+  constexpr int kQuantizeCycles = 3700;
+  const int processors = device_attribute(cudaDevAttrMultiProcessorCount);
+  const int64_t cycles = with_operand<F>(dtype, by_column, [&](auto operand, auto scales, auto) {
+    return plan_tiles<typename decltype(operand)::type>(scales, M, N, K, processors).cycles;
+  });
+  return kLaunchCycles + (F::kInteger ? 2 * cycles + kQuantizeCycles : cycles);
 }
 
 template <class Operand, ScalesOf kScales, typename Out>

@@ -26,7 +26,8 @@ auto with_tile(int chosen, Function&& f) {
 
 struct Plan {
   int tile;
-  int blocks;  // of a cluster, which split K
+  int blocks;      // of a cluster, which split K
+  int64_t cycles;  // expected, without the launch
 };
 
 // Processor cycles of one step of K (64 bytes of a token) and of what surrounds a tile, measured on an H200. A narrow
@@ -44,8 +45,7 @@ template <class F>
 Plan plan_tiles(ScalesOf scales, int64_t M, int64_t N, int64_t K, int processors) {
   using T = typename F::T;
   const int64_t steps = ceil_div(K * sizeof(T), kStepBytes);
-  Plan best{};
-  int64_t least = INT64_MAX;
+  Plan best{0, 1, INT64_MAX};
   for (int i = 0; i < kTiles; ++i) {
     with_tile<T>(i, [&](auto tile) {
       using Tile = decltype(tile);
@@ -58,10 +58,7 @@ Plan plan_tiles(ScalesOf scales, int64_t M, int64_t N, int64_t K, int processors
         const int64_t cycles = kStartCost +
                                rounds * (ceil_div(steps, blocks) * kTileCosts[i].step + kTileCosts[i].rest) +
                                (blocks > 1 ? kClusterCost : 0);
-        if (cycles < least) {
-          least = cycles;
-          best = {i, blocks};
-        }
+        if (cycles < best.cycles) best = {i, blocks, cycles};
       }
     });
   }

@@ -16,7 +16,6 @@ constexpr int kFusedGroups = kFusedWarps / 4;  // warpgroups, each with tiles of
 constexpr int kStageChunks = 16;
 constexpr int kFusedStages = 2;  // of a warpgroup: 128 KB in flight for the block
 constexpr int kChunkWords = 4;
-constexpr int kChunkBytes = 4 * kChunkWords;
 constexpr int kPanelBytes = kBitMmaRows * kPanelRowBytes;
 constexpr int kStageBytes = kStageChunks / kPanelChunks * kPanelBytes;
 constexpr int kRingBytes = kFusedGroups * kFusedStages * kStageBytes;

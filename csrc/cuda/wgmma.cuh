@@ -1,4 +1,5 @@
-// The asynchronous tensor-core product of a warpgroup (sm_90a): d[64, n] += a[64, k] b[k, n].
+// The asynchronous tensor-core product of a warpgroup (sm_90a): d[64, n] += a[64, k] b[k, n]; of single bits
+// d[64, n] += popcount(a[64, 256] & b[n, 256]), see bit_mma.cuh.
 //
 // a comes from registers, with the fragment layout of mma() in ptx.cuh, warp w of the four holding rows 16 w to
 // 16 w + 15; b is a K-major tile in shared memory with the 128-byte swizzle. With g = lane / 4 and t = lane % 4,
@@ -106,6 +107,19 @@ BITKERNELS_WGMMA_8(128, 64, 65, 66, 67, 68, 69)
 BITKERNELS_WGMMA_8(176, 88, 89, 90, 91, 92, 93)
 BITKERNELS_WGMMA_8(208, 104, 105, 106, 107, 108, 109)
 BITKERNELS_WGMMA_8(256, 128, 129, 130, 131, 132, 133)
+// Single bits: a is in shared memory too, and products are counted where both bits are set.
+#define BITKERNELS_WGMMA_1(n, desc_a, desc_b, flag)                                                                    \
+  __device__ __forceinline__ void wgmma_bits(int (&d)[n / 2], uint64_t a, uint64_t b, int accumulate) {               \
+    asm volatile("{.reg .pred p; setp.ne.b32 p, %" #flag ", 0;\n"                                                      \
+                 "wgmma.mma_async.sync.aligned.m64n" #n "k256.s32.b1.b1.and.popc {" BITKERNELS_L##n "}, "              \
+                 "%" #desc_a ", %" #desc_b ", p;}\n"                                                                  \
+                 : BITKERNELS_O##n("+r") : "l"(a), "l"(b), "r"(accumulate));                                           \
+  }
+BITKERNELS_WGMMA_1(16, 8, 9, 10)
+BITKERNELS_WGMMA_1(64, 32, 33, 34)
+BITKERNELS_WGMMA_1(128, 64, 65, 66)
+BITKERNELS_WGMMA_1(256, 128, 129, 130)
+#undef BITKERNELS_WGMMA_1
 #undef BITKERNELS_WGMMA_16
 #undef BITKERNELS_WGMMA_8
 #undef BITKERNELS_WGMMA_OF

@@ -1,0 +1,286 @@
+// Few tokens times packed weights as products of single bits: no weight is ever decoded.
+//
+// Activations were taken apart into planes of bits by bit_prepare.cuh, one column of the product for each bit of each
+// token; packed weights are bits already. The tensor cores count where both are set, 16 times as many products in a
+// cycle as of bf16, and the epilogue adds the planes by weight, the highest being the sign. A ternary code c is two
+// bits, so an activation q meets it as the pair q, 2 q. All of it is exact but the rounding to fixed point.
+//
+// One warpgroup brings weights and planes to shared memory: weights while the activations are still being prepared. The
+// others have 64 rows of the tile each.
+#pragma once
+
+#include <cfloat>
+
+#include "bit_prepare.cuh"
+#include "epilogue.cuh"
+#include "hopper.cuh"
+#include "weights.cuh"
+#include "wgmma.cuh"
+
+namespace bitkernels::cuda {
+
+constexpr int kMostBitStages = 8;
+
+// kColumns: planes of all tokens. kRowGroups: of 64 rows.
+template <int kColumns_, int kRowGroups_, int kLimbs_>
+struct BitTile {
+  static constexpr int kColumns = kColumns_;
+  static constexpr int kRowGroups = kRowGroups_;
+  static constexpr int kLimbs = kLimbs_;
+  static constexpr int kTokens = kColumns / (kLimbs * kPlanesPerLimb);
+  static constexpr int kRows = kRowGroups * kBitMmaRows;
+  static constexpr int kThreads = 128 * (kRowGroups + 1);
+  static constexpr bool kUnequalRegisters = kThreads > 384 && kColumns > 128;
+  static constexpr int kWeightBytes = kRows * kPanelRowBytes;
+  static constexpr int kPlanePitch = kColumns * kChunkBytes;
+  static constexpr int kPlaneBytes = kPanelChunks * kPlanePitch;
+  static constexpr int kTokenBytes = kTokens * sizeof(PlaneToken);
+  static constexpr int kStageBytes =
+      (kWeightBytes + kPlaneBytes + kTokenBytes + kPanelAlignment - 1) / kPanelAlignment * kPanelAlignment;
+};
+
+struct BitMatmulArgs {
+  CUtensorMap weights;  // as bytes, where rows are whole vectors
+  const uint32_t* packed;
+  const uint8_t* planes;
+  const PlaneToken* tokens;
+  Epilogue e;
+  int words;
+  int M;
+  int chunks;        // of K
+  int panels;        // of K
+  int token_groups;  // tiles of the same rows
+  int row_tiles;
+  int row_step, group_step;  // from a block's tile to its next one
+  int stages;
+};
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+
+struct BitStages {
+  SharedAddress data, full, empty;
+};
+
+// A panel of a tile, and the stage it passes through.
+struct BitCursor {
+  int row, group, panel = 0;
+  int stage = 0;
+  int parity = 0;
+
+  __device__ explicit BitCursor(const BitMatmulArgs& args)
+      : row(blockIdx.x / args.token_groups), group(blockIdx.x % args.token_groups) {}
+
+  __device__ bool inside(const BitMatmulArgs& args) const { return row < args.row_tiles; }
+
+  __device__ void next_tile(const BitMatmulArgs& args) {
+    row += args.row_step;
+    group += args.group_step;
+    if (group >= args.token_groups) {
+      group -= args.token_groups;
+      ++row;
+    }
+  }
+
+  __device__ void next_stage(const BitMatmulArgs& args) {
+    if (++stage == args.stages) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+
+  __device__ void next(const BitMatmulArgs& args) {
+    next_stage(args);
+    if (++panel == args.panels) {
+      panel = 0;
+      next_tile(args);
+    }
+  }
+
+  __device__ int chunks(const BitMatmulArgs& args) const {
+    return min(args.chunks - panel * kPanelChunks, kPanelChunks);
+  }
+};
+
+template <class Tile, bool kAligned>
+__device__ void bring_weights(const BitMatmulArgs& args, const BitStages& stages, const BitCursor& at) {
+  const int64_t row = int64_t(at.row) * Tile::kRows;
+  const SharedAddress to = stages.data + at.stage * Tile::kStageBytes;
+  const SharedAddress full = stages.full + at.stage * 8;
+  const int thread = threadIdx.x % 128;
+  if (thread == 0) {
+    const int plane_bytes = at.chunks(args) * Tile::kPlanePitch + Tile::kTokenBytes;
+    barrier_arrive_expecting(full, (kAligned ? Tile::kWeightBytes : 0) + plane_bytes);
+  }
+  if constexpr (kAligned) {
+    load_box(&args.weights, to, full, at.panel * kPanelRowBytes, static_cast<int>(row));
+  } else {
+    // Nothing is written past the end of a row, where planes are zero, nor below the last row, which is not used.
+    constexpr int kWords = kPanelRowBytes / 4;
+    const int of_row = thread % kWords;
+    const int word = at.panel * kWords + of_row;
+#pragma unroll 1
+    for (int r = thread / kWords; r < Tile::kRows; r += 128 / kWords) {
+      if (word < args.words && row + r < args.e.columns) {
+        copy_or_zero<4>(to + panel_offset(r, of_row / 4) + of_row % 4 * 4, args.packed + (row + r) * args.words + word,
+                        true);
+      }
+    }
+    barrier_arrive_after_copies(full);
+  }
+}
+
+template <class Tile>
+__device__ void bring_planes(const BitMatmulArgs& args, const BitStages& stages, const BitCursor& at) {
+  const SharedAddress to = stages.data + at.stage * Tile::kStageBytes + Tile::kWeightBytes;
+  const SharedAddress full = stages.full + at.stage * 8;
+  load_bytes(to, args.planes + (int64_t(at.group) * args.chunks + at.panel * kPanelChunks) * Tile::kPlanePitch,
+             at.chunks(args) * Tile::kPlanePitch, full);
+  load_bytes(to + Tile::kPlaneBytes, args.tokens + at.group * Tile::kTokens, Tile::kTokenBytes, full);
+}
+
+// One thread asks for copies, where rows are vectors; else all threads of the warpgroup copy words.
+template <class Tile, bool kAligned>
+__device__ void bring(const BitMatmulArgs& args, const BitStages& stages) {
+  const int thread = threadIdx.x % 128;
+  if (kAligned && thread > 0) return;
+  BitCursor at(args);
+#pragma unroll 1
+  for (int i = 0; i < args.stages && at.inside(args); ++i) {
+    bring_weights<Tile, kAligned>(args, stages, at);
+    at.next(args);
+  }
+  wait_for_previous_kernel();
+  at = BitCursor(args);
+#pragma unroll 1
+  for (int i = 0; at.inside(args); ++i) {
+    if (i >= args.stages) {
+      barrier_wait(stages.empty + at.stage * 8, at.parity ^ 1);
+      bring_weights<Tile, kAligned>(args, stages, at);
+    }
+    if (thread == 0) bring_planes<Tile>(args, stages, at);
+    at.next(args);
+  }
+}
+
+// This warp has done with the stage.
+__device__ inline void release(const BitStages& stages, int stage) {
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) barrier_arrive(stages.empty + stage * 8);
+}
+
+template <typename F, typename T, class Tile, bool kAligned>
+__device__ void multiply(const BitMatmulArgs& args, const BitStages& stages) {
+  constexpr int kLimbs = Tile::kLimbs;
+  constexpr int kKept = Tile::kTokens > 1 ? Tile::kTokens / 2 : 1;  // tokens of a lane, in the end
+  const int warp = uniform(threadIdx.x / 32);
+  const int t = threadIdx.x % 4;
+  const int row_of_lane = warp * kMmaRows + t / 2 * 8 + threadIdx.x % 32 / 4;
+  const int first_kept = Tile::kTokens > 1 ? t % 2 * kKept : 0;
+  const auto column_at = [&](const BitCursor& at) {
+    const int64_t n = int64_t(at.row) * Tile::kRows + row_of_lane;
+    return n < args.e.columns ? column_of(args.e, n) : Column{};
+  };
+
+  BitCursor at(args);
+  Column next_column = column_at(at);
+#pragma unroll 1
+  while (at.inside(args)) {
+    const Column column = next_column;
+    const int64_t n = int64_t(at.row) * Tile::kRows + row_of_lane;
+    const int first_token = at.group * Tile::kTokens + first_kept;
+    at.next_tile(args);
+    next_column = column_at(at);
+    int d[Tile::kColumns / 2];
+#pragma unroll
+    for (int i = 0; i < Tile::kColumns / 2; ++i) d[i] = 0;
+    int last = at.stage;
+#pragma unroll 1
+    for (at.panel = 0; at.panel < args.panels; ++at.panel) {
+      barrier_wait(stages.full + at.stage * 8, at.parity);
+      if (!kAligned) copy_engine_fence();
+      const SharedAddress data = stages.data + at.stage * Tile::kStageBytes;
+      const uint64_t a = wgmma_descriptor(data + warp / 4 * (kBitMmaRows * kPanelRowBytes));
+      const uint64_t b = chunk_descriptor(data + Tile::kWeightBytes, Tile::kPlanePitch);
+      const int chunks = at.chunks(args);
+      pin(d);
+      wgmma_fence();
+#pragma unroll
+      for (int c = 0; c < kPanelChunks; c += kBitMmaChunks) {
+        if (c >= chunks) break;
+        const uint64_t ac = a + (c * kChunkBytes >> 4);
+        const uint64_t bc = b + (c * Tile::kPlanePitch >> 4);
+        if constexpr (Tile::kUnequalRegisters) {
+          // The compiler does not see the registers that this kernel takes for an instruction of 256 columns.
+          wgmma_bits(*reinterpret_cast<int (*)[64]>(&d[0]), ac, bc, 1);
+          wgmma_bits(*reinterpret_cast<int (*)[64]>(&d[64]), ac, bc + (128 * kChunkBytes >> 4), 1);
+        } else {
+          wgmma_bits(d, ac, bc, 1);
+        }
+      }
+      wgmma_commit();
+      // The products of the panel before are there, so that those of this one never wait for the next.
+      wgmma_wait<1>();
+      if (at.panel > 0) release(stages, last);
+      last = at.stage;
+      at.next_stage(args);
+    }
+    wgmma_wait<0>();
+    pin(d);
+
+    int sum[kLimbs][kKept];
+#pragma unroll
+    for (int l = 0; l < kLimbs; ++l) add_planes<Tile::kTokens, kLimbs>(d, l, sum[l]);
+    T* out = static_cast<T*>(args.e.out) + int64_t(first_token) * args.e.columns + n;
+    const bool stores = n < args.e.columns && (Tile::kTokens > 1 || t % 2 == 0);
+    const SharedAddress tokens = stages.data + last * Tile::kStageBytes + Tile::kWeightBytes + Tile::kPlaneBytes +
+                                 first_kept * sizeof(PlaneToken);
+#pragma unroll
+    for (int i = 0; i < kKept; ++i) {
+      uint32_t words[4];
+      load_words(tokens + i * sizeof(PlaneToken), words);
+      const float unit = __uint_as_float(words[0]);
+#pragma unroll
+      for (int l = 0; l < kLimbs; ++l) sum[l][i] = F::kStep * sum[l][i] - static_cast<int>(words[2 + l]);
+      float y;
+      if constexpr (F::kInteger) {
+        y = finish(args.e, Token{unit, 0.0f, 0.0f}, column, sum[0][i]);
+      } else {
+        float f = static_cast<float>(sum[0][i]);
+        if constexpr (kLimbs == 2) f = fmaf(static_cast<float>(sum[1][i]), 65536.0f, f);
+        y = finish(args.e, Token{1.0f, 0.0f, __uint_as_float(words[1])}, column, f * unit);
+      }
+      if (stores && first_token + i < args.M) out[i * args.e.columns] = from_float<T>(y);
+    }
+    release(stages, last);
+  }
+}
+
+#endif
+
+template <typename F, typename T, class Tile, bool kAligned>
+__global__ void __launch_bounds__(Tile::kThreads, 1) bit_matmul_kernel(const __grid_constant__ BitMatmulArgs args) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  extern __shared__ uint4 shared[];
+  __shared__ uint64_t full[kMostBitStages], empty[kMostBitStages];
+  const BitStages stages{(shared_address(shared) + kPanelAlignment - 1) / kPanelAlignment * kPanelAlignment,
+                         shared_address(full), shared_address(empty)};
+  if (threadIdx.x == 0) {
+#pragma unroll 1
+    for (int i = 0; i < args.stages; ++i) {
+      barrier_init(stages.full + i * 8, kAligned ? 1 : 129);
+      barrier_init(stages.empty + i * 8, 4 * Tile::kRowGroups);
+    }
+    barrier_init_fence();
+  }
+  __syncthreads();
+  if (uniform(threadIdx.x / 128) == Tile::kRowGroups) {
+    if constexpr (Tile::kUnequalRegisters) asm volatile("setmaxnreg.dec.sync.aligned.u32 32;");
+    bring<Tile, kAligned>(args, stages);
+  } else {
+    if constexpr (Tile::kUnequalRegisters) asm volatile("setmaxnreg.inc.sync.aligned.u32 160;");
+    multiply<F, T, Tile, kAligned>(args, stages);
+  }
+#endif
+}
+
+}  // namespace bitkernels::cuda
