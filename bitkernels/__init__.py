@@ -18,6 +18,7 @@ _PUBLIC = {
     "build_info": "_ops",
     "causal_conv1d": "causal_conv1d",
     "causal_conv1d_step": "causal_conv1d",
+    "distill_loss": "distill_loss",
     "gated_rms_norm": "gated_rms_norm",
     "pack_sign": "pack",
     "pack_ternary": "pack",

@@ -43,6 +43,7 @@ class Checkpoint:
     model: BiMambaForCausalLM
     tokenizer: Tokenizer | None
     packed: bool
+    training: dict[str, Any]
 
 
 @contextlib.contextmanager
@@ -79,11 +80,13 @@ def save_checkpoint(
     path: str | Path,
     model: BiMambaForCausalLM,
     tokenizer: Tokenizer | None = None,
-    embedding_dtype: torch.dtype | None = None,
+    dense_dtype: torch.dtype | None = None,
+    training: dict[str, Any] | None = None,
 ) -> None:
     """Writes ``model``, latent or packed, with ``tokenizer``; an interrupted save leaves no file behind.
 
-    ``embedding_dtype`` is what embedding and head are stored in; None keeps the model's.
+    ``dense_dtype`` is what embedding, head and full-precision projections are stored in; None keeps the model's.
+    ``training`` says how the model was trained, in types of JSON.
     """
     metadata = {
         "format": FORMAT,
@@ -91,13 +94,14 @@ def save_checkpoint(
         "kind": "packed" if is_packed(model) else "latent",
         "layout": json.dumps(LAYOUT),
         "config": json.dumps(model.config.to_dict()),
+        "training": json.dumps(training or {}),
     }
     if tokenizer is not None:
         metadata["tokenizer"] = tokenizer.to_str()
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    if embedding_dtype is not None:
-        for name in model.EMBEDDINGS & tensors.keys():
-            tensors[name] = tensors[name].to(embedding_dtype)
+    if dense_dtype is not None:
+        for name in model.dense_weights:
+            tensors[name] = tensors[name].to(dense_dtype)
     with atomic_file(path) as temporary:
         save_file(tensors, temporary, metadata)
 
@@ -128,7 +132,7 @@ def read_header(path: str | Path) -> dict[str, Any]:
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
-    """The metadata of a checkpoint, with ``config`` and ``layout`` parsed."""
+    """The metadata of a checkpoint, with ``config``, ``layout`` and ``training`` parsed."""
     return _metadata(Path(path), read_header(path))
 
 
@@ -141,7 +145,8 @@ def _metadata(path: Path, header: dict[str, Any]) -> dict[str, Any]:
         raise CheckpointError(f"{path}: unknown format version {version!r}; this release reads {FORMAT_VERSION!r}")
     if metadata.get("kind") not in _KINDS:
         raise CheckpointError(f"{path}: kind must be one of {', '.join(_KINDS)}, got {metadata.get('kind')!r}")
-    for name in ("config", "layout"):
+    metadata.setdefault("training", "{}")
+    for name in ("config", "layout", "training"):
         try:
             metadata[name] = json.loads(metadata[name])
         except (KeyError, ValueError) as error:
@@ -159,7 +164,7 @@ def load_checkpoint(
     Args:
         path: the file.
         device: where the model goes.
-        dtype: of the activations, to which embedding and head are cast.
+        dtype: of the activations, to which embedding, head and full-precision projections are cast.
 
     Raises:
         CheckpointError: the file is no checkpoint, of another version, damaged, or inconsistent.
@@ -186,7 +191,7 @@ def load_checkpoint(
     model.load_state_dict(tensors, assign=True)
     model.to(device)
     model.set_activation_dtype_(dtype)
-    return Checkpoint(model.eval(), _tokenizer(path, metadata, config), packed)
+    return Checkpoint(model.eval(), _tokenizer(path, metadata, config), packed, metadata["training"])
 
 
 def _tokenizer(path: Path, metadata: dict[str, Any], config: BiMambaConfig) -> Tokenizer | None:

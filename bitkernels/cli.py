@@ -26,17 +26,6 @@ app = typer.Typer(
 _DEMO_PACKED = Path("runs/demo/packed.safetensors")
 
 
-class Binarize(str, Enum):
-    none = "none"
-    in_proj = "in_proj"
-    all = "all"
-
-
-class WeightFormat(str, Enum):
-    binary = "binary"
-    ternary = "ternary"
-
-
 class Scales(str, Enum):
     column = "column"
     row = "row"
@@ -119,67 +108,109 @@ def demo(
 def train(
     out: Annotated[Path, typer.Option(help="The checkpoint to write.")] = Path("runs/model.safetensors"),
     text: Text = None,
+    data: Annotated[
+        list[Path] | None,
+        typer.Option(help="Instead of --text: text files, parquet files or folders of them; encoded once."),
+    ] = None,
+    held_out: Annotated[list[Path] | None, typer.Option(help="As --data, for the perplexity.")] = None,
+    cache: Annotated[Path, typer.Option(help="Where encoded --data is kept.")] = Path("runs/cache"),
+    tokenizer: Annotated[Path | None, typer.Option(help="Of --data: a JSON file. Default: one is trained.")] = None,
+    run: Annotated[
+        Path | None,
+        typer.Option("--run-dir", help="Folder of metrics and checkpoints; a run that was stopped goes on from it."),
+    ] = None,
+    checkpoint_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints of --run-dir.")] = 500,
+    log_every: Annotated[int, typer.Option(min=1, help="Steps between lines of metrics of --run-dir.")] = 10,
+    recipe: Annotated[
+        str | None,
+        typer.Option(help="What is low-bit and how it is trained. Default: bi-mamba with --teacher, else mamba-2."),
+    ] = None,
     teacher: Annotated[
-        Path | None, typer.Option(help="Full-precision checkpoint to distil from; gives tokenizer, shape and start.")
+        Path | None,
+        typer.Option(
+            help="Checkpoint, folder of a transformers model, or folder of stored logits; gives the tokenizer."
+        ),
     ] = None,
-    config: Annotated[str, typer.Option(help="Named shape: tiny, demo, 780m, 1.3b, 2.7b.")] = "demo",
+    scratch: Annotated[
+        bool, typer.Option("--scratch", help="Random weights, also where a teacher could give them.")
+    ] = False,
+    config: Annotated[str, typer.Option(help="Named shape: tiny, demo, 170m, 780m, 1.3b, 2.7b.")] = "demo",
     vocab_size: Annotated[int, typer.Option(help="Of the tokenizer that is trained.")] = 512,
-    binarize: Annotated[
-        Binarize | None, typer.Option(help="Low-bit projections. Default: all with --teacher, none without.")
-    ] = None,
-    weight_format: Annotated[WeightFormat, typer.Option("--format", help="Of the low-bit weights.")] = "binary",
     scales: Annotated[Scales, typer.Option(help="Axis of the binary scales.")] = "column",
     steps: Annotated[int, typer.Option(min=1, help="Updates of the weights.")] = 500,
     seconds: Annotated[float | None, typer.Option(help="Train fewer steps where all would take longer.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Windows in a step.")] = 8,
+    batch_size: Annotated[int, typer.Option(min=1, help="Windows in a step, of all processes together.")] = 8,
+    accumulation: Annotated[int, typer.Option(min=1, help="Parts that a process does its windows in.")] = 1,
+    recompute: Annotated[bool, typer.Option(help="Keep no activations of the blocks.")] = False,
     length: Annotated[int, typer.Option(min=1, help="Tokens of a training window.")] = 128,
-    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 4e-3,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate. Default: the recipe's.")] = None,
     autocast: Annotated[bool, typer.Option(help="bf16 activations; latent weights stay fp32.")] = False,
     device: Device = "auto",
     seed: Seed = 0,
 ) -> None:
-    """Train a model: a full-precision teacher, or with --teacher a low-bit student by distillation.
+    """Train a model by a recipe: a full-precision teacher, or with --teacher a low-bit student.
 
-    One document in twenty is held out for the perplexity that is shown.
+    A full-precision teacher of this package gives a student its shape, and its weights to start from. Of --text, one
+    document in twenty is held out for the perplexity that is shown. Under torchrun, the processes share the model and
+    the batch: torchrun --nproc-per-node 2 -m bitkernels.cli train ...
     """
     with _clear_errors():
         import torch
 
-        from bitkernels.checkpoint import load_checkpoint, save_checkpoint
+        from bitkernels.checkpoint import save_checkpoint
         from bitkernels.data import read_text, shipped_text
         from bitkernels.models import CONFIGS, BiMambaForCausalLM
-        from bitkernels.training import TrainConfig, perplexity
-        from bitkernels.training.run import fit, prepare, student_of
+        from bitkernels.training import perplexity
+        from bitkernels.training.distributed import processes, rank, whole_model
+        from bitkernels.training.recipes import build, find_recipe
+        from bitkernels.training.run import fit, prepare, prepare_files
+        from bitkernels.training.teachers import load_teacher
 
-        where, console = _device(device), Console()
+        chosen = find_recipe(recipe or ("bi-mamba" if teacher else "mamba-2"))
         if config not in CONFIGS:
             raise ValueError(f"--config must be one of {', '.join(CONFIGS)}, got {config!r}")
-        source = load_checkpoint(teacher, where) if teacher else None
-        if source and source.tokenizer is None:
-            raise ValueError(f"{teacher}: a teacher needs its tokenizer in the checkpoint")
-        corpus = prepare(
-            shipped_text() if text is None else read_text(text), source and source.tokenizer, vocab_size=vocab_size
-        )
-        low_bit = binarize.value if binarize else ("all" if teacher else "none")
-        torch.manual_seed(seed)
-        if source and low_bit != "none":
-            model = student_of(source.model, low_bit, weight_format.value, scales.value)
-        else:
-            shape = source.model.config if source else CONFIGS[config]
-            changes = {"binarize": low_bit, "weight_format": weight_format.value, "scales": scales.value}
-            vocabulary = corpus.tokenizer.get_vocab_size()
-            model = BiMambaForCausalLM(shape.replace(vocab_size=vocabulary, **changes)).to(where)
-        plan = TrainConfig(steps, batch_size, length, lr, seed=seed, autocast=torch.bfloat16 if autocast else None)
-        fit(model, corpus, plan, console, "Training", seconds, source and source.model)
-        save_checkpoint(out, model, corpus.tokenizer)
-        console.print(f"Wrote {out}; held-out perplexity {perplexity(model, corpus.held_out, length):.4f}.")
+        if chosen.distils and teacher is None:
+            raise ValueError(f"--recipe {chosen.name} learns from a teacher; give one with --teacher")
+        if data and (text or not held_out):
+            raise ValueError("--data takes the place of --text, and needs --held-out")
+        with processes(_device(device)) as where:
+            console = Console(quiet=rank() > 0)
+            source = load_teacher(teacher, where) if teacher else None
+            own = source and source.tokenizer
+            if data:
+                corpus = prepare_files(data, held_out, cache, own or tokenizer, vocab_size)
+            else:
+                corpus = prepare(shipped_text() if text is None else read_text(text), own, vocab_size=vocab_size)
+            torch.manual_seed(seed)
+            ours = source is not None and isinstance(source.model, BiMambaForCausalLM)
+            vocabulary = source.vocab_size if source else corpus.tokenizer.get_vocab_size()
+            shape = source.model.config if ours else CONFIGS[config].replace(vocab_size=vocabulary)
+            start = source.model if ours and not scratch and chosen.can_start else None
+            model = build(chosen, shape.replace(scales=scales.value), start).to(where)
+            console.print(
+                f"{chosen.name}: {chosen.summary}; starts from {'the teacher' if start else 'random weights'}."
+            )
+            options = {"batch_size": batch_size, "length": length, "seed": seed} | ({} if lr is None else {"lr": lr})
+            options |= {"accumulation": accumulation, "recompute": recompute}
+            plan = chosen.train_config(steps, autocast=torch.bfloat16 if autocast else None, **options)
+            plan = fit(
+                model, corpus, plan, console, "Training", seconds, source.model if chosen.distils else None,
+                run, checkpoint_every, log_every,
+            )  # fmt: skip
+            result = perplexity(model, corpus.held_out, length)
+            whole = whole_model(model)
+            if rank() == 0:
+                save_checkpoint(out, whole, corpus.tokenizer, training=chosen.record(plan))
+            console.print(f"Wrote {out}; held-out perplexity {result:.4f}.")
 
 
 @app.command()
 def pack(
     file: Annotated[Path, typer.Argument(help="A trained checkpoint with low-bit layers.")],
     out: Annotated[Path | None, typer.Option(help="Default: FILE with .packed before its ending.")] = None,
-    embedding_dtype: Annotated[Dtype, typer.Option(help="What embedding and head are stored in.")] = Dtype.bfloat16,
+    dense_dtype: Annotated[
+        Dtype, typer.Option(help="What embedding, head and full-precision projections are stored in.")
+    ] = Dtype.bfloat16,
 ) -> None:
     """Pack a trained checkpoint's low-bit layers to 1 or 2 bits a weight."""
     with _clear_errors():
@@ -191,11 +222,12 @@ def pack(
         checkpoint = _load(file, "cpu")
         if checkpoint.packed:
             raise ValueError(f"{file}: is packed already")
-        if checkpoint.model.config.binarize == "none":
+        if not checkpoint.model.config.low_bit:
             raise ValueError(f"{file}: is a full-precision model; train one with low-bit layers to pack it")
         pack_(checkpoint.model)
         out = out or file.with_name(f"{file.stem}.packed{file.suffix}")
-        save_checkpoint(out, checkpoint.model, checkpoint.tokenizer, getattr(torch, embedding_dtype.value))
+        dtype = getattr(torch, dense_dtype.value)
+        save_checkpoint(out, checkpoint.model, checkpoint.tokenizer, dtype, checkpoint.training)
         before, after = file.stat().st_size, out.stat().st_size
         typer.echo(
             f"Wrote {out}: {after / 1e6:.2f} MB from {before / 1e6:.2f} MB; "
@@ -238,20 +270,38 @@ def evaluate(
 ) -> None:
     """Perplexity and bits per byte of a checkpoint on held-out text."""
     with _clear_errors():
-        import math
-
-        from bitkernels.data import encode, read_text, shipped_text, split_text
-        from bitkernels.training import perplexity
+        from bitkernels.data import read_text, shipped_text, split_text
+        from bitkernels.training.evaluate import evaluate_text
 
         checkpoint = _load(file, device, dtype)
         if checkpoint.tokenizer is None:
             raise ValueError(f"{file}: holds no tokenizer")
         held_out = read_text(text) if text else split_text(shipped_text())[1]
-        ids = encode(checkpoint.tokenizer, held_out)[: None if tokens is None else tokens + 1]
-        result = perplexity(checkpoint.model, ids, length)
-        read = len(checkpoint.tokenizer.decode(ids[1:].tolist()).encode())
-        bits = math.log2(result) * (len(ids) - 1) / read
-        typer.echo(f"{file}: perplexity {result:.4f} over {len(ids) - 1} tokens, {bits:.4f} bits per byte")
+        result = evaluate_text(checkpoint.model, checkpoint.tokenizer, held_out, length, tokens)
+        typer.echo(
+            f"{file}: perplexity {result.perplexity:.4f} over {result.tokens} tokens, "
+            f"{result.bits_per_byte:.4f} bits per byte"
+        )
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs, or their trained checkpoints.")],
+    text: Annotated[list[Path] | None, typer.Option(help="Held-out text to evaluate on; may be given again.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for report.md and its pictures.")] = Path("report"),
+    post_training: Annotated[
+        bool, typer.Option("--post-training", help="Also what becomes of the full-precision runs by rounding alone.")
+    ] = False,
+    length: Annotated[int, typer.Option(min=1, help="Tokens of a window.")] = 512,
+    tokens: Annotated[int | None, typer.Option(min=1, help="Read only so many tokens of a text.")] = None,
+    device: Device = "auto",
+) -> None:
+    """Render the papers' tables and pictures from runs."""
+    with _clear_errors():
+        from bitkernels.report import write_report
+
+        write_report(runs, text or [], out, _device(device), length, tokens, post_training)
+        typer.echo(f"Wrote {out / 'report.md'}")
 
 
 @app.command()
@@ -287,6 +337,7 @@ def _contents(file: Path) -> dict[str, str]:
         "tensors": contents,
         "tokenizer": f"{len(metadata['tokenizer']):,} bytes of JSON" if "tokenizer" in metadata else "none",
         **{f"config.{name}": str(value) for name, value in metadata["config"].items()},
+        **{f"training.{name}": str(value) for name, value in metadata["training"].items()},
     }
 
 

@@ -329,3 +329,25 @@ def gated_rms_norm(x: Tensor, z: Tensor, weight: Tensor, eps: float = 1e-5, grou
     groups = x.unflatten(-1, (-1, group_size or x.shape[-1]))
     groups = groups * torch.rsqrt(groups.square().mean(-1, keepdim=True) + eps)
     return groups.flatten(-2) * weight
+
+
+def distill_loss(
+    hidden: Tensor,  # [..., K]
+    head: Tensor,  # [V, K]
+    teacher_logits: Tensor | None = None,  # [..., V]
+    *,
+    teacher_hidden: Tensor | None = None,  # [..., K']
+    teacher_head: Tensor | None = None,  # [V, K']
+    targets: Tensor | None = None,  # int64 [...]
+    objective: str = "cross_entropy",
+) -> Tensor:
+    """The mean over tokens of ``-sum p log q``, ``sum p (log p - log q)`` or ``-log q[target]``."""
+    log_q = F.linear(hidden, head).log_softmax(-1)
+    if objective == "next_token":
+        return -log_q.gather(-1, targets.unsqueeze(-1)).mean()
+    if teacher_logits is None:
+        teacher_logits = F.linear(teacher_hidden, teacher_head)
+    log_p = teacher_logits.detach().log_softmax(-1)
+    p = log_p.exp()
+    terms = p * (log_p - log_q) if objective == "kl" else -p * log_q
+    return terms.where(p > 0, 0.0).sum(-1).mean()  # 0 log 0 = 0

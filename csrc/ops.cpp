@@ -64,4 +64,10 @@ STABLE_TORCH_LIBRARY(bitkernels, m) {
   m.def(
       "gated_rms_norm_backward(Tensor dy, Tensor x, Tensor z, Tensor weight, float eps=1e-05, "
       "SymInt? group_size=None) -> (Tensor dx, Tensor dz, Tensor dweight)");
+
+  // Gradients are those of the sum over tokens, and empty tensors where they were not asked for.
+  m.def(
+      "distill_loss(Tensor hidden, Tensor head, Tensor? teacher_logits=None, Tensor? teacher_hidden=None, "
+      "Tensor? teacher_head=None, Tensor? targets=None, str objective='cross_entropy', bool hidden_grad=False, "
+      "bool head_grad=False) -> (Tensor loss, Tensor dhidden, Tensor dhead)");
 }

@@ -76,9 +76,9 @@ def test_activation_dtype_on_load(packed_file):
     assert model.layers[0].mixer.in_proj.alpha.dtype == torch.float32
 
 
-def test_embedding_dtype_on_disk(tmp_path, model):
+def test_dense_dtype_on_disk(tmp_path, model):
     path = tmp_path / "model.safetensors"
-    save_checkpoint(path, model, embedding_dtype=torch.bfloat16)
+    save_checkpoint(path, model, dense_dtype=torch.bfloat16)
     assert {n for n, e in read_header(path).items() if e.get("dtype") == "BF16"} == {"embedding.weight"}
     loaded = load_checkpoint(path).model.embedding.weight
     assert torch.equal(loaded, model.embedding.weight.bfloat16().float())

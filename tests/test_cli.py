@@ -6,7 +6,7 @@ from typer.testing import CliRunner
 from bitkernels.cli import app
 from bitkernels.data import shipped_text
 
-COMMANDS = ["demo", "train", "pack", "generate", "eval", "info"]
+COMMANDS = ["demo", "train", "pack", "generate", "eval", "report", "info"]
 
 
 def invoke(*arguments):
@@ -78,7 +78,7 @@ def test_pack_names_its_output_after_its_input(files):
 def test_a_ternary_student(files, tmp_path):
     out = tmp_path / "ternary.safetensors"
     succeed(
-        "train", "--teacher", files["teacher"], "--format", "ternary", "--text", files["text"], "--steps", 1,
+        "train", "--teacher", files["teacher"], "--recipe", "bitnet", "--text", files["text"], "--steps", 1,
         "--batch-size", 1, "--length", 16, "--out", out, "--device", "cpu",
     )  # fmt: skip
     succeed("pack", out, "--out", out)

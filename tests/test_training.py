@@ -11,7 +11,7 @@ from rich.console import Console
 from bitkernels.data import encode, read_text, shipped_text, split_text, train_tokenizer
 from bitkernels.models import CONFIGS, BiMambaForCausalLM
 from bitkernels.nn import FBILinear
-from bitkernels.training import BigramModel, TrainConfig, distillation_loss, perplexity, plan_steps, train
+from bitkernels.training import BigramModel, TrainConfig, perplexity, plan_steps, train
 from bitkernels.training.run import Corpus, fit, student_of
 
 
@@ -74,17 +74,6 @@ def test_tokenizer_gives_any_text_back(corpus):
         assert corpus.tokenizer.decode(encode(corpus.tokenizer, text).tolist()) == text
 
 
-def test_distillation_loss_is_cross_entropy_of_distributions():
-    student, teacher = torch.randn(2, 3, 7, requires_grad=True), torch.randn(2, 3, 7, requires_grad=True)
-    loss = distillation_loss(student, teacher)
-    expected = -(teacher.softmax(-1) * student.log_softmax(-1)).sum(-1).mean()
-    torch.testing.assert_close(loss, expected)
-    loss.backward()
-    assert teacher.grad is None
-    with pytest.raises(ValueError, match="must have one shape"):
-        distillation_loss(student, teacher[..., :6])
-
-
 def test_bigram_is_a_distribution(corpus):
     model = BigramModel(corpus.train, 300)
     first = torch.arange(0, 300, 17)
@@ -132,7 +121,7 @@ def test_distillation_moves_the_student_to_the_teacher(corpus):
     before = [p.clone() for p in teacher.parameters()]
     losses = []
     config = TrainConfig(steps=30, batch_size=4, length=32, lr=3e-3)
-    train(student, corpus.train, config, teacher, lambda step, loss: losses.append(float(loss)))
+    train(student, corpus.train, config, teacher, lambda step: losses.append(float(step.loss)))
     assert sum(losses[-5:]) < sum(losses[:5])
     assert all(torch.equal(a, b) for a, b in zip(before, teacher.parameters(), strict=True))
     with pytest.raises(ValueError, match="must be full precision"):

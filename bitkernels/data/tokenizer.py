@@ -6,7 +6,7 @@ from torch import Tensor
 
 _BYTES = 256
 # Merges are learned from at most this much text: more changes few of a small vocabulary's merges.
-_TRAINING_CHARACTERS = 4_000_000
+TRAINING_CHARACTERS = 4_000_000
 
 
 def train_tokenizer(text: str, vocab_size: int) -> Tokenizer:
@@ -19,7 +19,7 @@ def train_tokenizer(text: str, vocab_size: int) -> Tokenizer:
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
     )
-    tokenizer.train_from_iterator(text[:_TRAINING_CHARACTERS].splitlines(keepends=True), trainer)
+    tokenizer.train_from_iterator(text[:TRAINING_CHARACTERS].splitlines(keepends=True), trainer)
     return tokenizer
 
 

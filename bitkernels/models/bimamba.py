@@ -1,10 +1,11 @@
-"""A thin Bi-Mamba: the Mamba-2 language model with binary or ternary projections.
+"""A thin Bi-Mamba: the Mamba-2 language model with binary or ternary projections, embedding and head.
 
 Each layer is ``residual + mixer(norm(residual))`` with the residual in fp32; the mixer is in_proj, a
 causal convolution over x, B and C, the SSD scan, a gated RMSNorm, and out_proj.
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from bitkernels import causal_conv1d, causal_conv1d_step, gated_rms_norm, ssd_scan, ssd_step
 from bitkernels.models.config import BiMambaConfig
-from bitkernels.nn import BitLinear, FBILinear
+from bitkernels.nn import BitEmbedding, BitLinear, FBILinear
 
 _DT_MIN, _DT_MAX, _DT_FLOOR = 1e-3, 0.1, 1e-4
 _A_RANGE = (1.0, 16.0)
@@ -22,7 +23,7 @@ _EMBEDDING_STD = 0.02
 
 @dataclass
 class BiMambaCache:
-    """What generation remembers: per layer the last inputs of the convolution and the SSM state.
+    """What generation remembers: per position in the stack the last inputs of the convolution and the SSM state.
 
     Its size does not depend on how many tokens it has seen. Updated in place by ``prefill`` and ``step``.
     """
@@ -144,34 +145,77 @@ class Layer(nn.Module):
         self.mixer = Mixer(config)
 
 
+class Stack(nn.ModuleList):
+    """The layers of a model. It holds each once, and iterates over the positions: a shared layer comes again."""
+
+    def __init__(self, config: BiMambaConfig):
+        super().__init__()
+        self.order = config.layer_order
+        for i in range(max(self.order) + 1):
+            self.add_module(str(i), Layer(config))
+
+    def __iter__(self) -> Iterator[Layer]:
+        return iter([self._modules[str(i)] for i in self.order])
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, position: int) -> Layer:
+        return self._modules[str(self.order[position])]
+
+
 class BiMambaForCausalLM(nn.Module):
     """Token ids to next-token logits.
 
-    The type of the embedding is the type of the activations between the layers' fp32 residuals.
+    Layers that share weights have states of their own: a cache has one state for each position of the stack.
     """
-
-    # The tensors whose type set_activation_dtype_ changes.
-    EMBEDDINGS = frozenset({"embedding.weight", "head.weight"})
 
     def __init__(self, config: BiMambaConfig):
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.embedding = (BitEmbedding if config.ternary_embedding else nn.Embedding)(config.vocab_size, config.d_model)
         nn.init.normal_(self.embedding.weight, std=_EMBEDDING_STD)
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.n_layer))
+        self.layers = Stack(config)
         self.norm = RMSNorm(config.d_model, config.norm_eps)
-        self.head = None if config.tie_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.head = None
+        if not config.tie_embeddings:
+            head = BitLinear if config.ternary_head else nn.Linear
+            self.head = head(config.d_model, config.vocab_size, bias=False)
+
+    def set_config_(self, config: BiMambaConfig) -> None:
+        """Says what the model is now, after its layers were replaced."""
+        self.config = config
+        for layer in self.layers:
+            layer.mixer.config = config
 
     @property
     def device(self) -> torch.device:
-        return self.embedding.weight.device
+        return self.norm.weight.device
+
+    @property
+    def activation_dtype(self) -> torch.dtype:
+        """The type of the embedding's output, and so of what passes between the layers' fp32 residuals."""
+        embedding = self.embedding
+        if isinstance(embedding, nn.Embedding):
+            return embedding.weight.dtype
+        return embedding.out_dtype or embedding.norm_weight.dtype
 
     def set_activation_dtype_(self, dtype: torch.dtype) -> "BiMambaForCausalLM":
-        """Casts embedding and head, and with them the activations; norms, scales and SSM parameters keep theirs."""
-        self.embedding.to(dtype)
-        if self.head is not None:
-            self.head.to(dtype)
+        """Casts embedding, head and full-precision projections, and with them the activations; what is low-bit, norms,
+        scales and SSM parameters keep their types."""
+        for module in self._dense().values():
+            module.to(dtype)
+        if not isinstance(self.embedding, nn.Embedding):
+            self.embedding.out_dtype = dtype
         return self
+
+    def _dense(self) -> dict[str, nn.Module]:
+        return {name: m for name, m in self.named_modules() if isinstance(m, nn.Embedding | nn.Linear)}
+
+    @property
+    def dense_weights(self) -> list[str]:
+        """The names of the full-precision matrices, which are stored in 16 bits when the others are packed."""
+        return [f"{name}.weight" for name in self._dense()]
 
     def new_cache(self, batch_size: int, dtype: torch.dtype = torch.float32) -> BiMambaCache:
         """The zero state of ``batch_size`` sequences."""

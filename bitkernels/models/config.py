@@ -7,6 +7,7 @@ _CHOICES = {
     "binarize": ("none", "in_proj", "all"),
     "weight_format": ("binary", "ternary"),
     "scales": ("column", "row", "single"),
+    "sharing": ("none", "sequence", "cycle", "cycle_rev", "universal"),
 }
 
 
@@ -17,6 +18,10 @@ class BiMambaConfig:
     ``binarize`` is ``"none"`` (a full-precision Mamba-2), ``"in_proj"``, or ``"all"`` for both
     projections; ``weight_format`` is ``"binary"`` (Bi-Mamba) or ``"ternary"`` (BitLinear with int8
     activations); ``scales`` is the axis of the binary format's alpha and beta.
+
+    ``ternary_embedding`` and ``ternary_head`` make embedding and head ternary (Slender-Mamba); both need
+    ``tie_embeddings=False``. ``sharing`` says which of the ``n_layer`` positions of the stack use the same layer, of
+    which ``n_unique`` are wanted (``layer_order``; not used by ``"none"`` and ``"universal"``).
     """
 
     vocab_size: int
@@ -33,6 +38,10 @@ class BiMambaConfig:
     binarize: str = "none"
     weight_format: str = "binary"
     scales: str = "column"
+    ternary_embedding: bool = False
+    ternary_head: bool = False
+    sharing: str = "none"
+    n_unique: int = 1
 
     def __post_init__(self):
         for field in fields(self):
@@ -50,6 +59,33 @@ class BiMambaConfig:
             raise ValueError(f"config: headdim {self.headdim} must divide expand * d_model = {self.d_inner}")
         if self.nheads % self.ngroups:
             raise ValueError(f"config: ngroups {self.ngroups} must divide the number of heads {self.nheads}")
+        if self.tie_embeddings and (self.ternary_embedding or self.ternary_head):
+            raise ValueError("config: a ternary embedding or head needs tie_embeddings=False")
+        if self.n_unique > self.n_layer:
+            raise ValueError(f"config: n_unique {self.n_unique} must be at most n_layer {self.n_layer}")
+
+    @property
+    def layer_order(self) -> list[int]:
+        """Which of the layers each position of the stack uses (Slender-Mamba, Algorithm 1).
+
+        With N = ``n_layer`` and M = ``n_unique``, ``"sequence"`` repeats each layer floor(N / M) times before the next
+        one (AABB), ``"cycle"`` repeats all M in turn (ABAB), and ``"cycle_rev"`` does so too, but the last time
+        backwards (ABBA).
+        """
+        N, M = self.n_layer, self.n_unique
+        if self.sharing == "sequence":
+            return [i // (N // M) for i in range(N)]
+        if self.sharing == "cycle":
+            return [i % M for i in range(N)]
+        if self.sharing == "cycle_rev":
+            forward = max(M, M * (N // M - 1))
+            return [i % M if i < forward else M - 1 - i % M for i in range(N)]
+        return [0] * N if self.sharing == "universal" else list(range(N))
+
+    @property
+    def low_bit(self) -> bool:
+        """Whether there is anything to pack."""
+        return self.binarize != "none" or self.ternary_embedding or self.ternary_head
 
     @property
     def d_inner(self) -> int:
@@ -85,9 +121,10 @@ class BiMambaConfig:
         return cls(**values)
 
 
-# The sizes of the Bi-Mamba paper, and small ones to train on a CPU. The small vocabularies are placeholders for
-# that of the tokenizer trained with the model.
+# The sizes of the Bi-Mamba paper, that of the Slender-Mamba paper, and small ones to train on a CPU. The small
+# vocabularies are placeholders for that of the tokenizer trained with the model.
 CONFIGS = {
+    "170m": BiMambaConfig(vocab_size=50288, d_model=768, n_layer=24, tie_embeddings=False),
     "780m": BiMambaConfig(vocab_size=32000, d_model=1536, n_layer=48, binarize="all"),
     "1.3b": BiMambaConfig(vocab_size=32000, d_model=2048, n_layer=48, binarize="all"),
     "2.7b": BiMambaConfig(vocab_size=32000, d_model=2560, n_layer=64, binarize="all"),

@@ -11,7 +11,7 @@ from bitkernels.nn.common import autocast_activation, check_finite, check_width
 Scales = Literal["column", "row", "single"]
 
 # The axis of W[N, K] that a scale is the mean over, and the shape it then has.
-_MEAN_OVER = {"column": 0, "row": 1, "single": (0, 1)}
+MEAN_OVER = {"column": 0, "row": 1, "single": (0, 1)}
 
 # Published checkpoints call alpha and beta by these names.
 _PUBLISHED_NAMES = {"alpha": "wscale", "beta": "wbias"}
@@ -36,6 +36,8 @@ class FBILinear(nn.Module):
 
     Under autocast only ``x`` is cast. Loads published checkpoints (``weight``, ``wscale``, ``wbias``).
     """
+
+    weight_bits = 1.0
 
     def __init__(
         self,
@@ -66,7 +68,7 @@ class FBILinear(nn.Module):
     @torch.no_grad()
     def reset_scales(self) -> None:
         """``beta = mean W`` and ``alpha = mean |W - beta|``, over the axis that ``scales`` leaves out."""
-        axis = _MEAN_OVER[self.scales]
+        axis = MEAN_OVER[self.scales]
         beta = self.weight.mean(axis, keepdim=True)
         self.alpha.copy_((self.weight - beta).abs().mean(axis, keepdim=True).view_as(self.alpha))
         self.beta.copy_(beta.view_as(self.beta))

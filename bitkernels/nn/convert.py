@@ -19,7 +19,7 @@ def all_linears(name: str, module: nn.Module) -> bool:
     return isinstance(module, nn.Linear)
 
 
-def _replace(model: nn.Module, convert: Callable[[str, nn.Module], nn.Module | None]) -> nn.Module:
+def replace_modules(model: nn.Module, convert: Callable[[str, nn.Module], nn.Module | None]) -> nn.Module:
     """Puts ``convert(name, module)`` in the place of each module for which it is not None.
 
     A module that occurs more than once is converted once and stays shared.
@@ -70,7 +70,7 @@ def binarize_(
             raise ValueError(f"binarize_: {name} is an nn.Embedding, which has no binary form; use format='ternary'")
         return BitEmbedding.from_embedding(module)
 
-    return _replace(model, convert)
+    return replace_modules(model, convert)
 
 
 def pack_(model: nn.Module, filter: Filter = lambda name, module: True) -> nn.Module:
@@ -85,7 +85,7 @@ def pack_(model: nn.Module, filter: Filter = lambda name, module: True) -> nn.Mo
         packed = PACKED_FORMS.get(type(module))
         return packed.from_latent(module, name or type(module).__name__) if packed and filter(name, module) else None
 
-    return _replace(model, convert)
+    return replace_modules(model, convert)
 
 
 def empty_packed_(model: nn.Module, filter: Filter = lambda name, module: True) -> nn.Module:
@@ -95,7 +95,7 @@ def empty_packed_(model: nn.Module, filter: Filter = lambda name, module: True) 
         packed = PACKED_FORMS.get(type(module))
         return packed.empty_like(module) if packed and filter(name, module) else None
 
-    return _replace(model, convert)
+    return replace_modules(model, convert)
 
 
 def packed_zeros(model: nn.Module) -> int:

@@ -18,6 +18,9 @@ _CODES_PER_WORD = 16
 
 NORM_EPS = 1e-6
 
+# Of a ternary weight, as the papers count them: log2(3), rounded.
+TERNARY_BITS = 1.58
+
 
 @torch.no_grad()
 def ternary_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -35,6 +38,8 @@ class BitLinear(nn.Module):
     ``x`` passes the layer's own RMSNorm, is quantised to int8 per token, and meets ``W~ = Q / s``; the
     gradient of both roundings is the identity. ``act_bits=None`` leaves the activations as they are.
     """
+
+    weight_bits = TERNARY_BITS
 
     def __init__(
         self,
@@ -126,7 +131,12 @@ class PackedBitLinear(nn.Module):
 
 
 class BitEmbedding(nn.Module):
-    """A ternary embedding table: lookup, LayerNorm, int8 per token; straight-through gradients."""
+    """A ternary embedding table: lookup, LayerNorm, int8 per token; straight-through gradients.
+
+    ``out_dtype`` is the type of the result; None takes the table's.
+    """
+
+    weight_bits = TERNARY_BITS
 
     def __init__(
         self,
@@ -141,6 +151,7 @@ class BitEmbedding(nn.Module):
         self.weight = nn.Parameter(torch.empty(num_embeddings, embedding_dim, **factory))
         self.norm_weight = nn.Parameter(torch.ones(embedding_dim, **factory))
         self.norm_bias = nn.Parameter(torch.zeros(embedding_dim, **factory))
+        self.out_dtype: torch.dtype | None = None
         nn.init.normal_(self.weight)
 
     @classmethod
@@ -152,7 +163,8 @@ class BitEmbedding(nn.Module):
         return layer.train(embedding.training)
 
     def forward(self, ids: Tensor) -> Tensor:
-        return bit_embedding(ids, self.weight, self.norm_weight, self.norm_bias, NORM_EPS)
+        y = bit_embedding(ids, self.weight, self.norm_weight, self.norm_bias, NORM_EPS)
+        return y.to(self.out_dtype or y.dtype)
 
     def extra_repr(self) -> str:
         return f"num_embeddings={self.num_embeddings}, embedding_dim={self.embedding_dim}"
@@ -175,11 +187,14 @@ class PackedBitEmbedding(nn.Module):
         self.register_buffer("scale", torch.zeros(1, device=device, dtype=torch.float32))
         self.register_buffer("norm_weight", torch.zeros(embedding_dim, device=device, dtype=dtype))
         self.register_buffer("norm_bias", torch.zeros(embedding_dim, device=device, dtype=dtype))
+        self.out_dtype: torch.dtype | None = None
 
     @classmethod
     def empty_like(cls, layer: BitEmbedding) -> "PackedBitEmbedding":
         """A layer of the same geometry with all weights zero, to load a checkpoint into."""
-        return cls(layer.num_embeddings, layer.embedding_dim, layer.weight.device, layer.norm_weight.dtype)
+        packed = cls(layer.num_embeddings, layer.embedding_dim, layer.weight.device, layer.norm_weight.dtype)
+        packed.out_dtype = layer.out_dtype
+        return packed
 
     @classmethod
     @torch.no_grad()
@@ -199,7 +214,7 @@ class PackedBitEmbedding(nn.Module):
         table = (table * self.scale.to(table.dtype)).view(*ids.shape, self.embedding_dim)
         y = F.layer_norm(table, (self.embedding_dim,), self.norm_weight, self.norm_bias, NORM_EPS)
         q, act_scale = quantize_int8(y)
-        return (q.float() / act_scale.unsqueeze(-1)).to(y.dtype)
+        return (q.float() / act_scale.unsqueeze(-1)).to(self.out_dtype or y.dtype)
 
     def extra_repr(self) -> str:
         return f"num_embeddings={self.num_embeddings}, embedding_dim={self.embedding_dim}"

@@ -1,8 +1,18 @@
 """Training, distillation and evaluation."""
 
 from bitkernels.training.bigram import BigramModel
+from bitkernels.training.checkpoints import Checkpoints
 from bitkernels.training.evaluate import perplexity
-from bitkernels.training.loop import TrainConfig, plan_steps, train
-from bitkernels.training.losses import distillation_loss
+from bitkernels.training.loop import Step, TrainConfig, plan_steps, train
+from bitkernels.training.losses import training_loss
 
-__all__ = ["BigramModel", "TrainConfig", "distillation_loss", "perplexity", "plan_steps", "train"]
+__all__ = [
+    "BigramModel",
+    "Checkpoints",
+    "Step",
+    "TrainConfig",
+    "perplexity",
+    "plan_steps",
+    "train",
+    "training_loss",
+]

@@ -1,12 +1,15 @@
 """Held-out perplexity."""
 
 import math
+from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer
 from torch import Tensor
 
+from bitkernels.data import encode
 from bitkernels.models import BiMambaForCausalLM
-from bitkernels.training.losses import next_token_loss
 
 
 @torch.no_grad()
@@ -30,6 +33,24 @@ def perplexity(model: BiMambaForCausalLM, tokens: Tensor, length: int = 256, bat
     for window in windows:
         window = window.to(model.device)
         targets = window[:, 1:]
-        total += float(next_token_loss(model(window[:, :-1]), targets)) * targets.numel()
+        logits = model(window[:, :-1]).float()
+        total += float(F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum"))
     model.train(training)
     return math.exp(total / predictions)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    perplexity: float
+    tokens: int
+    bits_per_byte: float  # does not depend on the tokenizer
+
+
+def evaluate_text(
+    model: BiMambaForCausalLM, tokenizer: Tokenizer, text: str, length: int = 256, tokens: int | None = None
+) -> Evaluation:
+    """Perplexity and bits per byte of ``text``, or of its first ``tokens`` predictions, in windows of ``length``."""
+    ids = encode(tokenizer, text)[: None if tokens is None else tokens + 1]
+    result = perplexity(model, ids, length)
+    read = len(tokenizer.decode(ids[1:].tolist()).encode())
+    return Evaluation(result, len(ids) - 1, math.log2(result) * (len(ids) - 1) / read)

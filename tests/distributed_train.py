@@ -1,0 +1,111 @@
+"""What test_distributed.py does in every process; under torchrun in two, and alone.
+
+    torchrun --nproc-per-node 2 distributed_train.py FOLDER
+
+writes FOLDER/results.json: losses and gradient norms of runs, and the bytes that were gathered.
+"""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bitkernels.data import Tokens
+from bitkernels.models import CONFIGS, BiMambaForCausalLM
+from bitkernels.nn import FBILinear
+from bitkernels.training import Checkpoints, TrainConfig, perplexity, train
+from bitkernels.training.distributed import processes, rank, whole_model, world_size
+from bitkernels.training.sign_gather import LatentShard, gather_signs_
+
+CONFIG = TrainConfig(steps=6, batch_size=8, length=16, lr=5e-3, weight_decay=0.1)
+RUNS = {
+    "signs": CONFIG,
+    "whole weights": replace(CONFIG, signs_alone=False),
+    "accumulated and recomputed": replace(CONFIG, accumulation=2, recompute=True),
+    "bfloat16": replace(CONFIG, autocast=torch.bfloat16),
+}
+# Models that runs of CONFIG train as well.
+MODELS = {
+    "shared layers": {"sharing": "universal"},
+    "ternary": {"weight_format": "ternary", "ternary_embedding": True, "ternary_head": True, "tie_embeddings": False},
+}
+# [N, K] of the projections of the 780M model.
+LAYERS = {"in_proj": (6448, 1536), "out_proj": (1536, 3072)}
+
+random = np.random.default_rng(0)
+DATA = Tokens(random.integers(300, size=2000).astype(np.uint16), np.arange(0, 2000, 23))
+
+
+def tiny(**changes):
+    torch.manual_seed(0)
+    return BiMambaForCausalLM(CONFIGS["tiny"].replace(vocab_size=300, **changes))
+
+
+def run(config, checkpoints=None, stop=None, **changes):
+    """The trained model, and [loss, norm of the gradients] by step; ``stop`` ends the run after so many steps."""
+    model, curve = tiny(**changes), {}
+
+    def on_step(step):
+        curve[step.done] = [float(step.loss), float(step.grad_norm)]
+        if stop is not None and step.done > stop:
+            raise InterruptedError
+
+    try:
+        train(model, DATA, config, on_step=on_step, checkpoints=checkpoints)
+    except InterruptedError:
+        curve.pop(stop + 1)
+    return model, curve
+
+
+def gathered_bytes(N, K):
+    """Bytes that a process sends for one all-gather of a binary layer: its signs and scales."""
+    layer = FBILinear(K, N, bias=False)
+    assert gather_signs_(layer, world_size()) == []
+    fully_shard(layer, mesh=init_device_mesh("cpu", (world_size(),)))
+    assert isinstance(layer.weight.to_local(), LatentShard)
+    with Gathered() as gathered:
+        layer(torch.ones(1, K))
+    return gathered.bytes
+
+
+class Gathered(TorchDispatchMode):
+    """Counts the bytes that this process puts into all-gathers."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.c10d._allgather_base_.default:
+            self.bytes += args[1].nbytes
+        return function(*args, **(kwargs or {}))
+
+
+def main(folder):
+    curves = {name: run(config)[1] for name, config in RUNS.items()}
+    curves |= {name: run(CONFIG, **changes)[1] for name, changes in MODELS.items()}
+    results = {"curves": curves}
+    _, results["begun by two"] = run(CONFIG, Checkpoints(folder / "two", every=3), stop=3)
+    stopped = Checkpoints(folder / "stopped", every=2)
+    results["stopped"] = run(CONFIG, stopped, stop=4)[1] | run(CONFIG, stopped)[1]
+    model, results["ended by two"] = run(CONFIG, Checkpoints(folder / "one", every=3))
+    held_out = torch.from_numpy(DATA.tokens[:129].astype(np.int64))
+    results["perplexity"] = perplexity(model, held_out, 16)
+    whole = whole_model(model)
+    results["whole model"] = perplexity(whole, held_out, 16)
+    results["plain parameters"] = all(type(p) is nn.Parameter for p in whole.parameters())
+    results["bytes"] = {name: gathered_bytes(*shape) for name, shape in LAYERS.items()}
+    uneven = FBILinear(64, 101)
+    results["uneven"] = gather_signs_(uneven, 2)
+    if rank() == 0:
+        (folder / "results.json").write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    with processes(torch.device("cpu")):
+        main(Path(sys.argv[1]))
