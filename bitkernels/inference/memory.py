@@ -1,0 +1,65 @@
+"""What an engine will hold, computed before it is allocated."""
+
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import nn
+
+from bitkernels.inference.sampling import Sampler
+from bitkernels.models import BiMambaForCausalLM
+
+# Tokens of a chunk of the scan, which passes one float32 state of every head to the next.
+_SCAN_CHUNK = 64
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes. Weights, states and sampling stay; the workspace is an upper estimate of what a step needs besides."""
+
+    weights: int
+    states: int
+    sampling: int
+    workspace: int
+
+    @property
+    def total(self) -> int:
+        return sum(asdict(self).values())
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{name} {size / 1e6:,.1f} MB" for name, size in asdict(self).items())
+        return f"{self.total / 1e6:,.1f} MB ({parts})"
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Memory of all parameters and buffers."""
+    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+
+
+def plan_memory(
+    model: BiMambaForCausalLM, max_batch: int, state_dtype: torch.dtype, prefill_chunk: int
+) -> MemoryPlan:
+    """The plan of an ``Engine`` with these arguments; ``model`` may be on the meta device."""
+    c = model.config
+    item, state_item = model.embedding.weight.itemsize, state_dtype.itemsize
+    state = c.nheads * c.headdim * c.d_state
+    conv = (c.d_conv - 1) * c.d_conv_channels
+    states = c.n_layer * (max_batch * (state + conv) + conv) * state_item
+    # In flight in a layer: residual and its sum in float32; the projections' inputs and outputs; x, B, C after the
+    # convolution; y before and after the norm; float32 dt.
+    token = 12 * c.d_model + item * (2 * c.d_model + c.d_in_proj + c.d_conv_channels + 2 * c.d_inner) + 12 * c.nheads
+    prefill = prefill_chunk * token + (prefill_chunk // _SCAN_CHUNK + 4) * state * 4
+    decode = max_batch * (2 * token + c.vocab_size * (item + Sampler.WORKSPACE))
+    return MemoryPlan(weight_bytes(model), states, Sampler.nbytes(max_batch, c.vocab_size), max(prefill, decode))
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that can still be allocated on ``device``; None where it cannot be told."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    try:
+        with open("/proc/meminfo") as file:
+            lines = dict(line.split(":", 1) for line in file)
+        return int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return None
