@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import nn
 
 from bitkernels.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from bitkernels.data import read_text, shipped_text

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from bitkernels.inference.memory import MemoryPlan, free_memory, plan_memory
+from bitkernels.inference.memory import check_memory, plan_memory
 from bitkernels.inference.sampling import MODES, Mode, Sampler, SamplingParams
 from bitkernels.models import BiMambaForCausalLM
 from bitkernels.models.bimamba import Packed, Slots
@@ -79,7 +79,9 @@ class Engine:
         max_tokens: int = _MAX_TOKENS,
     ):
         if state_dtype not in _STATE_DTYPES:
-            raise ValueError(f"Engine: state_dtype must be one of {', '.join(map(str, _STATE_DTYPES))}, got {state_dtype}")
+            raise ValueError(
+                f"Engine: state_dtype must be one of {', '.join(map(str, _STATE_DTYPES))}, got {state_dtype}"
+            )
         for name, value in (("max_batch", max_batch), ("prefill_chunk", prefill_chunk), ("max_tokens", max_tokens)):
             if not 1 <= value <= _MAX_TOKENS:
                 raise ValueError(f"Engine: {name} must be in [1, {_MAX_TOKENS}], got {value}")
@@ -87,7 +89,7 @@ class Engine:
         self.max_batch, self.prefill_chunk, self.max_tokens = max_batch, prefill_chunk, max_tokens
         self.batch_invariant = batch_invariant
         self.memory = plan_memory(model, max_batch, state_dtype, prefill_chunk)
-        self._check_memory(self.memory, memory_limit)
+        check_memory(self.memory, self.device, memory_limit, allocated=self.memory.weights)
 
         self._cache = model.new_cache(max_batch, state_dtype, padding=True)
         self._sampler = Sampler(max_batch, self.vocab_size, self.device)
@@ -99,13 +101,6 @@ class Engine:
         # On a GPU the host reads a step's tokens while the next one runs.
         self._lag = 1 if self.device.type == "cuda" else 0
         self._graphs = _DecodeGraphs(self) if self.device.type == "cuda" else None
-
-    def _check_memory(self, plan: MemoryPlan, limit: int | None) -> None:
-        free = free_memory(self.device)
-        if limit is not None and plan.total > limit:
-            raise ValueError(f"Engine: needs {plan}, memory_limit is {limit / 1e6:,.1f} MB")
-        if free is not None and plan.total - plan.weights > free:
-            raise ValueError(f"Engine: needs {plan}, of which the weights are there; {free / 1e6:,.1f} MB are free")
 
     def submit(self, prompt: Sequence[int] | Tensor, params: SamplingParams | None = None) -> Request:
         """Queues a request. Raises ValueError, and queues nothing, where the prompt cannot be read."""

@@ -35,9 +35,7 @@ def weight_bytes(model: nn.Module) -> int:
     return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
 
 
-def plan_memory(
-    model: BiMambaForCausalLM, max_batch: int, state_dtype: torch.dtype, prefill_chunk: int
-) -> MemoryPlan:
+def plan_memory(model: BiMambaForCausalLM, max_batch: int, state_dtype: torch.dtype, prefill_chunk: int) -> MemoryPlan:
     """The plan of an ``Engine`` with these arguments; ``model`` may be on the meta device."""
     c = model.config
     item, state_item = model.embedding.weight.itemsize, state_dtype.itemsize
@@ -63,3 +61,14 @@ def free_memory(device: torch.device) -> int | None:
         return int(lines["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError, ValueError):
         return None
+
+
+def check_memory(plan: MemoryPlan, device: torch.device, limit: int | None = None, allocated: int = 0) -> None:
+    """Raises ValueError where a plan, of which so many bytes are allocated, exceeds ``limit`` or what is free."""
+    if limit is not None and plan.total > limit:
+        raise ValueError(f"memory: needs {plan}, the limit is {limit / 1e6:,.1f} MB")
+    free = free_memory(device)
+    if free is not None and plan.total - allocated > free:
+        raise ValueError(
+            f"memory: needs {plan}, of which {allocated / 1e6:,.1f} MB are allocated; {free / 1e6:,.1f} MB are free"
+        )

@@ -225,9 +225,7 @@ class BiMambaForCausalLM(nn.Module):
             self.head.to(dtype)
         return self
 
-    def new_cache(
-        self, batch_size: int, dtype: torch.dtype = torch.float32, padding: bool = False
-    ) -> BiMambaCache:
+    def new_cache(self, batch_size: int, dtype: torch.dtype = torch.float32, padding: bool = False) -> BiMambaCache:
         """The zero state of ``batch_size`` sequences; ``padding`` adds the spare row that padded slots need."""
         c = self.config
         conv = (c.n_layer, batch_size + padding, c.d_conv - 1, c.d_conv_channels)
