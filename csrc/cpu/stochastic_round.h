@@ -1,6 +1,10 @@
 // Stochastic rounding of float32 to 16 bits, with random bits that depend on nothing but their key and counter.
 #pragma once
 
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 #include "mixer_vector.h"
 
 namespace bitkernels::cpu {
@@ -10,22 +14,39 @@ namespace {
 struct Philox {
   VecU word[4];
 
-  static VecU high_product(VecU a, uint32_t b) {
+  struct Product {
+    VecU low, high;
+  };
+
+  // The instructions for 64-bit products multiply every other word.
+  static Product product(VecU a, uint32_t b) {
+#if defined(__AVX512F__)
+    const __m512i x = as_bits<__m512i>(a), y = _mm512_set1_epi32(static_cast<int>(b));
+    const __m512i even = _mm512_mul_epu32(x, y), odd = _mm512_mul_epu32(_mm512_srli_epi64(x, 32), y);
+    return {as_bits<VecU>(_mm512_mask_blend_epi32(0xaaaa, even, _mm512_slli_epi64(odd, 32))),
+            as_bits<VecU>(_mm512_mask_blend_epi32(0xaaaa, _mm512_srli_epi64(even, 32), odd))};
+#elif defined(__AVX2__)
+    const __m256i x = as_bits<__m256i>(a), y = _mm256_set1_epi32(static_cast<int>(b));
+    const __m256i even = _mm256_mul_epu32(x, y), odd = _mm256_mul_epu32(_mm256_srli_epi64(x, 32), y);
+    return {as_bits<VecU>(_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa)),
+            as_bits<VecU>(_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa))};
+#else
     // Of each half of a word, so that no product exceeds 32 bits.
     const VecU low = a & 0xffffu, high = a >> 16;
     const uint32_t b_low = b & 0xffffu, b_high = b >> 16;
     const VecU middle = high * b_low + (low * b_low >> 16);
-    return high * b_high + (middle >> 16) + ((low * b_high + (middle & 0xffffu)) >> 16);
+    return {a * b, high * b_high + (middle >> 16) + ((low * b_high + (middle & 0xffffu)) >> 16)};
+#endif
   }
 
   Philox(VecU c0, VecU c1, VecU c2, VecU c3, uint64_t key) : word{c0, c1, c2, c3} {
     uint32_t k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32);
     for (int round = 0; round < 10; ++round) {
-      const VecU even = word[0], odd = word[2];
-      word[0] = high_product(odd, 0xCD9E8D57u) ^ word[1] ^ k0;
-      word[2] = high_product(even, 0xD2511F53u) ^ word[3] ^ k1;
-      word[1] = odd * 0xCD9E8D57u;
-      word[3] = even * 0xD2511F53u;
+      const Product first = product(word[0], 0xD2511F53u), second = product(word[2], 0xCD9E8D57u);
+      word[0] = second.high ^ word[1] ^ k0;
+      word[1] = second.low;
+      word[2] = first.high ^ word[3] ^ k1;
+      word[3] = first.low;
       k0 += 0x9E3779B9u;
       k1 += 0xBB67AE85u;
     }
@@ -37,18 +58,34 @@ struct Philox {
 struct RandomBits {
   uint64_t seed, position;
 
-  // 8 * kLanes<float> elements of a row from n, a multiple of 8.
-  void fill(uint16_t* bits, int64_t row, int64_t n) const {
+  // 8 * kLanes<float> elements of a row from n, a multiple of 8: 16 bits in each lane of 8 vectors.
+  void fill(VecU* bits, int64_t row, int64_t n) const {
     VecU counter;
     for (int i = 0; i < kLanes<float>; ++i) counter[i] = static_cast<uint32_t>(n / 8 + i);
     const Philox draw(counter, VecU{} + static_cast<uint32_t>(row), VecU{} + static_cast<uint32_t>(position),
                       VecU{} + static_cast<uint32_t>(position >> 32), seed);
+#if defined(__AVX512F__)
+    // Two draws make a vector: lanes 0 to 7 the words 0 0 1 1 2 2 3 3 of one, the others those of the next.
+    const __m512i halves = _mm512_set1_epi64(int64_t{16} << 32);
+    __m512i index = _mm512_setr_epi32(0, 0, 16, 16, 0, 0, 16, 16, 1, 1, 17, 17, 1, 1, 17, 17);
+    for (int v = 0; v < 8; ++v) {
+      const auto word = [&](int i) { return as_bits<__m512i>(draw.word[i]); };
+      const __m512i first = _mm512_permutex2var_epi32(word(0), index, word(1));
+      const __m512i last = _mm512_permutex2var_epi32(word(2), index, word(3));
+      const __m512i both = _mm512_srlv_epi32(_mm512_mask_blend_epi32(0xf0f0, first, last), halves);
+      bits[v] = as_bits<VecU>(both) & 0xffffu;
+      index = _mm512_add_epi32(index, _mm512_set1_epi32(2));
+    }
+#else
     uint32_t words[4][kLanes<float>];
     __builtin_memcpy(words, draw.word, sizeof(words));
-    for (int i = 0; i < kLanes<float>; ++i) {
-      const uint32_t row_words[4] = {words[0][i], words[1][i], words[2][i], words[3][i]};
-      __builtin_memcpy(bits + 8 * i, row_words, sizeof(row_words));  // the low half of a word first
+    for (int v = 0; v < 8; ++v) {
+      for (int i = 0; i < kLanes<float>; ++i) {
+        const int element = v * kLanes<float> + i;  // the low half of a word first
+        bits[v][i] = words[element / 2 % 4][element / 8] >> (element % 2 * 16) & 0xffffu;
+      }
     }
+#endif
   }
 };
 
@@ -75,10 +112,8 @@ inline VecU16 narrow_randomly(Float16, Vec<float> value, VecU random) {
 }
 
 template <typename E>
-inline void store_randomly(E* to, Vec<float> value, const uint16_t* random, int64_t count) {
-  VecU16 bits;
-  __builtin_memcpy(&bits, random, sizeof(bits));
-  bits = narrow_randomly(E{}, value, __builtin_convertvector(bits, VecU));
+inline void store_randomly(E* to, Vec<float> value, VecU random, int64_t count) {
+  const VecU16 bits = narrow_randomly(E{}, value, random);
   const int64_t bytes = 2 * (count < kLanes<float> ? count : kLanes<float>);
   __builtin_memcpy(to, &bits, static_cast<size_t>(bytes));
 }
