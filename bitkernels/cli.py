@@ -256,7 +256,6 @@ def bench(
         from bitkernels.inference.bench import measure, random_model
         from bitkernels.inference.memory import check_memory, plan_memory
         from bitkernels.models import CONFIGS, BiMambaForCausalLM
-        from bitkernels.nn.convert import empty_packed_
 
         where, console = _device(device), Console()
         activations, states = getattr(torch, dtype.value), getattr(torch, state_dtype.value)
@@ -265,8 +264,7 @@ def bench(
         elif config not in CONFIGS:
             raise ValueError(f"--config must be one of {', '.join(CONFIGS)}, got {config!r}")
         else:
-            with torch.device("meta"):
-                shape = empty_packed_(BiMambaForCausalLM(CONFIGS[config])).set_activation_dtype_(activations)
+            shape = BiMambaForCausalLM.on_meta(CONFIGS[config], packed=True).set_activation_dtype_(activations)
             plan = plan_memory(shape, batch, states, prefill_chunk)
             console.print(f"Will need {plan}.")
             check_memory(plan, where)

@@ -12,7 +12,6 @@ from bitkernels.inference.memory import check_memory
 from bitkernels.inference.sampling import draw, exponential
 from bitkernels.models import BiMambaConfig, BiMambaForCausalLM
 from bitkernels.nn import pack_
-from bitkernels.nn.convert import empty_packed_
 
 SHAPE = BiMambaConfig(vocab_size=50, d_model=24, n_layer=2, headdim=8, d_state=12, chunk_size=16, binarize="all")
 GREEDY = SamplingParams(max_new_tokens=6, temperature=0)
@@ -190,8 +189,7 @@ def test_memory_is_told_and_too_much_is_refused(model):
         Engine(model, 10**8)
     with pytest.raises(ValueError, match=r"MB are free"):
         check_memory(plan_memory(model, 10**8, torch.float16, 1), model.device)
-    with torch.device("meta"):
-        assert plan_memory(empty_packed_(BiMambaForCausalLM(SHAPE)), 4, torch.bfloat16, 256) == plan
+    assert plan_memory(BiMambaForCausalLM.on_meta(SHAPE, packed=True), 4, torch.bfloat16, 256) == plan
 
 
 @pytest.mark.parametrize("wrong", [{"state_dtype": torch.int8}, {"max_batch": 0}, {"prefill_chunk": 0}])

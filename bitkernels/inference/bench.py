@@ -13,7 +13,6 @@ from bitkernels.inference.memory import MemoryPlan
 from bitkernels.inference.sampling import SamplingParams
 from bitkernels.models import BiMambaConfig, BiMambaForCausalLM
 from bitkernels.nn import PackedBitLinear, PackedLinear, pack_
-from bitkernels.nn.convert import empty_packed_
 
 # The Bi-Mamba paper, section 5.5: an A100 takes 300 W and does 312 TFLOP/s in 16 bits; in its table 8 a product with a
 # low-bit weight counts as a sixteenth of that.
@@ -38,8 +37,7 @@ def random_model(config: BiMambaConfig, device: torch.device, dtype: torch.dtype
     """A packed model of random weights, the same in each layer. Never holds more than one latent layer."""
     with device:
         one = pack_(BiMambaForCausalLM(config.replace(n_layer=1))).set_activation_dtype_(dtype).state_dict()
-    with torch.device("meta"):
-        model = empty_packed_(BiMambaForCausalLM(config))
+    model = BiMambaForCausalLM.on_meta(config, packed=True)
 
     def of_first_layer(name: str) -> str:
         head, *rest = name.split(".")

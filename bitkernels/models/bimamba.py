@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from bitkernels import causal_conv1d, causal_conv1d_step, gated_rms_norm, ssd_scan, ssd_step
 from bitkernels.models.config import BiMambaConfig
 from bitkernels.nn import BitLinear, FBILinear
+from bitkernels.nn.convert import empty_packed_
 
 if TYPE_CHECKING:
     from bitkernels.inference import SamplingParams
@@ -115,6 +117,8 @@ class Mixer(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
+        if self.A_log.is_meta:  # where it would import torch's compiler
+            return
         bound = self.config.d_conv**-0.5
         nn.init.uniform_(self.conv_weight, -bound, bound)
         nn.init.uniform_(self.conv_bias, -bound, bound)
@@ -196,6 +200,15 @@ class Layer(nn.Module):
         self.mixer = Mixer(config)
 
 
+class _Uninitialised(TorchFunctionMode):
+    """Skips ``torch.nn.init``, which on the meta device imports torch's compiler, and that takes seconds."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
 class BiMambaForCausalLM(nn.Module):
     """Token ids to next-token logits.
 
@@ -213,6 +226,13 @@ class BiMambaForCausalLM(nn.Module):
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.n_layer))
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         self.head = None if config.tie_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False)
+
+    @classmethod
+    def on_meta(cls, config: BiMambaConfig, packed: bool = False) -> "BiMambaForCausalLM":
+        """A model without memory, packed or latent, to load a checkpoint into or to plan with."""
+        with torch.device("meta"), _Uninitialised():
+            model = cls(config)
+        return empty_packed_(model) if packed else model
 
     @property
     def device(self) -> torch.device:
