@@ -102,7 +102,8 @@ class Sampler:
             token = draw(
                 logits, self.seed[slots], self.position[slots], self.settings[slots], self.seen[slots], mode == "sorted"
             )
-            self.seen[slots, token] = True
+            # A Python scalar would be copied to the device, which no graph can capture.
+            self.seen.index_put_((slots, token), torch.ones_like(token, dtype=torch.bool))
         self.token[slots] = token
         return token
 
@@ -135,7 +136,7 @@ def _lowest_kept(scaled: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
     values = values.masked_fill(rank >= top_k, -math.inf)
     mass = (values.softmax(-1) * _PROBABILITY_ONE).long()
     # A token stays while those before it do not reach p, so the likeliest always stays.
-    limit = torch.where(top_p < 1, (top_p * _PROBABILITY_ONE).long(), _EVERYTHING)
+    limit = (top_p * _PROBABILITY_ONE).long().masked_fill(top_p >= 1, _EVERYTHING)
     kept = (mass.cumsum(-1) - mass < limit) & (rank < top_k)
     return values.gather(-1, kept.sum(-1, keepdim=True) - 1)
 
