@@ -12,7 +12,7 @@ from torch import Tensor
 from bitkernels.inference.memory import check_memory, plan_memory
 from bitkernels.inference.sampling import MODES, Mode, Sampler, SamplingParams
 from bitkernels.models import BiMambaForCausalLM
-from bitkernels.models.bimamba import Packed, Slots
+from bitkernels.models.bimamba import Packed, Slots, to_device
 
 _STATE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Positions are counters of 32 bits.
@@ -183,13 +183,13 @@ class Engine:
                 break
         if not pieces:
             return
-        lengths = torch.tensor([piece.numel() for _, piece in pieces])
-        packed = Packed(
-            self._put(torch.arange(len(pieces), dtype=torch.int32).repeat_interleave(lengths)[None]),
-            self._put(torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()),
-            self._put(torch.tensor([request.slot for request, _ in pieces])),
+        packed = Packed.of(
+            [piece.numel() for _, piece in pieces],
+            [request.slot for request, _ in pieces],
+            self.model.config.d_conv,
+            self.device,
         )
-        ids = self._put(torch.cat([piece for _, piece in pieces])[None])
+        ids = to_device(torch.cat([piece for _, piece in pieces])[None], self.device)
         logits = self.model.prefill_packed(ids, packed, self._cache)
         # Only the last prompt of a chunk can be unfinished.
         if done := [request for request, _ in pieces if request.read == request.prompt.numel()]:
@@ -269,11 +269,6 @@ class Engine:
             self._free.append(request.slot)
             request.slot = None
 
-    def _put(self, host: Tensor) -> Tensor:
-        if self.device.type == "cuda":
-            host = host.pin_memory()
-        return host.to(self.device, non_blocking=True)
-
 
 def _mode(requests: list[Request]) -> Mode:
     return max((request.params.mode for request in requests), key=MODES.index)
@@ -333,7 +328,7 @@ class _DecodeGraphs:
         size = next(size for size in self.sizes if size >= len(slots))
         slots = slots + [-1] * (size - len(slots))
         if slots != self.held[size]:
-            self.slots[size].copy_(self.engine._put(torch.tensor(slots)))
+            self.slots[size].copy_(to_device(torch.tensor(slots), self.engine.device))
             self.held[size] = slots
         self.forward[size].replay()
         self.sample[size, mode].replay()

@@ -66,16 +66,37 @@ class Packed(NamedTuple):
     seq_idx: Tensor  # int32 [1, T]
     cu_seqlens: Tensor  # int32 [S + 1]
     slots: Tensor  # int64 [S], the states of the cache; those of sequences that start are zero
+    # The last W - 1 inputs of the convolution: where in the row they are, or in what was there before.
+    new: Tensor  # int64 [S, W - 1]
+    old: Tensor  # int64 [S, W - 1, 1]
+    is_old: Tensor  # bool [S, W - 1, 1]
 
-    def conv_states(self, old: Tensor, xbc: Tensor) -> Tensor:
-        """The last inputs of every sequence: ``old`` [S, W - 1, C] moved on by its part of ``xbc`` [1, T, C]."""
-        width = old.shape[1]
-        begin, end = self.cu_seqlens[:-1, None], self.cu_seqlens[1:, None]
+    @classmethod
+    def of(cls, lengths: Sequence[int], slots: Sequence[int], d_conv: int, device: torch.device) -> "Packed":
+        """Sequences of ``lengths`` tokens each."""
+        counts, width = torch.tensor(lengths), d_conv - 1
+        ends = counts.cumsum(0)
         # Of W - 1 + length inputs the last W - 1.
-        offset = torch.arange(width, device=old.device) + (end - begin)
-        kept = old.gather(1, offset.clamp(max=width - 1)[..., None].expand_as(old))
-        read = xbc[0][(begin + offset - width).clamp(min=0)].to(old.dtype)
-        return torch.where((offset < width)[..., None], kept, read)
+        offset = torch.arange(width) + counts[:, None]
+        host = cls(
+            torch.arange(len(lengths), dtype=torch.int32).repeat_interleave(counts)[None],
+            F.pad(ends, (1, 0)).int(),
+            torch.tensor(slots),
+            (offset - width + (ends - counts)[:, None]).clamp(min=0),
+            offset.clamp(max=max(width - 1, 0))[..., None],
+            (offset < width)[..., None],
+        )
+        return cls(*(to_device(tensor, device) for tensor in host))
+
+    def conv_states(self, states: Tensor, xbc: Tensor) -> Tensor:
+        """``states`` [S, W - 1, C] moved on by each sequence's part of ``xbc`` [1, T, C]."""
+        read = xbc[0, self.new].to(states.dtype)
+        return torch.where(self.is_old, states.gather(1, self.old.expand_as(states)), read)
+
+
+def to_device(host: Tensor, device: torch.device) -> Tensor:
+    """A copy of a small tensor for which nothing waits."""
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
 
 
 class RMSNorm(nn.Module):
@@ -153,25 +174,26 @@ class Mixer(nn.Module):
         seq_idx: Tensor | None = None,  # int [B, T]
         conv_state: Tensor | None = None,  # [B, d_conv - 1, channels], updated in place
         ssm_state: Tensor | None = None,  # [B, H, P, N], updated in place
-        packed: Packed | None = None,  # of S sequences in a batch of one, whose states are [S, ...]
+        packed: Packed | None = None,  # several sequences in a batch of one; states are those of all slots
     ) -> Tensor:
         z, xbc, dt = self._split(self.in_proj(hidden))
         weight, bias = self.conv_weight.to(xbc.dtype), self.conv_bias.to(xbc.dtype)
-        initial, cu_seqlens = conv_state, None
+        initial_conv, initial_ssm, cu_seqlens = conv_state, ssm_state, None
         if packed is not None:
-            initial, seq_idx, cu_seqlens = conv_state[:1], packed.seq_idx, packed.cu_seqlens
-        x, B, C = self._split_conv(causal_conv1d(xbc, weight, bias, initial, seq_idx))
+            windows, initial_ssm = conv_state[packed.slots], ssm_state[packed.slots]
+            initial_conv, seq_idx, cu_seqlens = windows[:1], packed.seq_idx, packed.cu_seqlens
+        x, B, C = self._split_conv(causal_conv1d(xbc, weight, bias, initial_conv, seq_idx))
         y, final = ssd_scan(
             x, dt, self.A, B, C, chunk_size=self.config.chunk_size, D=self.D, dt_bias=self.dt_bias,
-            initial_states=ssm_state, seq_idx=None if packed else seq_idx, cu_seqlens=cu_seqlens, dt_softplus=True,
+            initial_states=initial_ssm, seq_idx=None if packed else seq_idx, cu_seqlens=cu_seqlens, dt_softplus=True,
             return_final_states=True,
         )  # fmt: skip
         if packed is not None:
-            conv_state.copy_(packed.conv_states(conv_state, xbc))
-            ssm_state.copy_(final)
+            conv_state[packed.slots] = packed.conv_states(windows, xbc)
+            ssm_state[packed.slots] = final.to(ssm_state.dtype)
         elif conv_state is not None:
-            last = conv_state.shape[1]
-            conv_state.copy_(torch.cat([conv_state, xbc[:, -last:].to(conv_state.dtype)], 1)[:, -last:])
+            read = xbc[:, max(0, xbc.shape[1] - conv_state.shape[1]) :].to(conv_state.dtype)
+            conv_state.copy_(torch.cat([conv_state, read], 1)[:, read.shape[1] :])
             ssm_state.copy_(final)
         y = gated_rms_norm(y.flatten(-2), z, self.norm_weight.to(z.dtype), self.config.norm_eps)
         return self.out_proj(y)
@@ -289,9 +311,7 @@ class BiMambaForCausalLM(nn.Module):
         hidden = self.embedding(ids)
         dtype, residual = hidden.dtype, hidden.float()
         for layer, conv, ssm in zip(self.layers, cache.conv, cache.ssm, strict=True):
-            states = conv[packed.slots], ssm[packed.slots]
-            residual = residual + layer.mixer(layer.norm(residual, dtype), None, *states, packed).float()
-            conv[packed.slots], ssm[packed.slots] = states
+            residual = residual + layer.mixer(layer.norm(residual, dtype), None, conv, ssm, packed).float()
         return self.logits(self.norm(residual[0, packed.cu_seqlens[1:] - 1], dtype))
 
     @torch.no_grad()
