@@ -272,7 +272,10 @@ def bench(
         result = measure(
             model, batch, prompt, new_tokens, states, prefill_chunk=prefill_chunk, batch_invariant=batch_invariant
         )
-        name = torch.cuda.get_device_name(where) if where.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+        if where.type == "cuda":
+            name = torch.cuda.get_device_name(where)
+        else:
+            name = f"CPU, {torch.get_num_threads()} threads, OMP_WAIT_POLICY={os.environ['OMP_WAIT_POLICY']}"
         _print_pairs(
             console,
             {

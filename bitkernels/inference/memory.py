@@ -42,8 +42,8 @@ def plan_memory(model: BiMambaForCausalLM, max_batch: int, state_dtype: torch.dt
     state = c.nheads * c.headdim * c.d_state
     conv = (c.d_conv - 1) * c.d_conv_channels
     states = c.n_layer * (max_batch * (state + conv) + conv) * state_item
-    # In flight in a layer: residual, sum, norms and result in float32; the projections' inputs and outputs; x, B, C after
-    # the convolution; y before and after the norm; float32 dt.
+    # In flight in a layer: residual, sum, norms and result in float32; the projections' inputs and outputs; x, B, C
+    # after the convolution; y before and after the norm; float32 dt.
     token = 24 * c.d_model + item * (2 * c.d_model + c.d_in_proj + c.d_conv_channels + 2 * c.d_inner) + 12 * c.nheads
     prefill = prefill_chunk * token + (prefill_chunk // _SCAN_CHUNK + 4) * state * 4
     decode = max_batch * (2 * token + c.vocab_size * (item + Sampler.WORKSPACE))
