@@ -9,6 +9,8 @@ namespace {
 // Rows and elements of a state that are worked on at once: B and C of a tile stay in registers for all of its rows.
 constexpr int64_t kStepRows = 64;
 constexpr int kStepVectors = 8;
+// Rows whose random bits are drawn together.
+constexpr int kDrawnRows = 2;
 
 // One tile: elements [n0, n0 + kStepVectors * kLanes) of each row of h. Adds C h of each row to sums.
 template <bool kRandom, bool kWhole, typename E, typename S, typename T = AccOf<E>>
@@ -20,17 +22,19 @@ void step_tile(S* h, int64_t stride, int64_t rows, int64_t first_row, int64_t n0
     b[v] = load(B + n0 + v * kN, N - n0 - v * kN);
     c[v] = load(C + n0 + v * kN, N - n0 - v * kN);
   }
+  VecU bits[kDrawnRows][kRandom ? kStepVectors : 1];
   for (int64_t i = 0; i < rows; ++i) {
     S* row = h + i * stride + n0;
-    VecU bits[kRandom ? kStepVectors : 1];
-    if constexpr (kRandom) random.fill(bits, first_row + i, n0);
+    if constexpr (kRandom) {
+      if (i % kDrawnRows == 0) random.fill(bits, first_row + i, n0);
+    }
     Vec<T> sum{};
     for (int v = 0; v < kStepVectors; ++v) {
       const int64_t left = kWhole ? kN : N - n0 - v * kN;
       if (left <= 0) break;
       const Vec<T> next = load(row + v * kN, left) * decay + b[v] * scaled[i];
       if constexpr (kRandom) {
-        store_randomly(row + v * kN, next, bits[v], left);
+        store_randomly(row + v * kN, next, bits[i % kDrawnRows][v], left);
       } else {
         store(row + v * kN, next, left);
       }
@@ -63,8 +67,8 @@ void step_head(const SsdStep& p, int64_t batch, int64_t head) {
   }
   S* state = static_cast<S*>(p.state) + slot * p.state_batch + head * p.state_head;
 
-  RandomBits random{};
-  if (p.seed) random = {static_cast<uint64_t>(p.seed[batch]), static_cast<uint64_t>(p.position[batch])};
+  const RandomBits random(p.seed ? static_cast<uint64_t>(p.seed[batch]) : 0,
+                          p.seed ? static_cast<uint64_t>(p.position[batch]) : 0);
   constexpr int64_t kTile = kStepVectors * kLanes<T>;
 
   for (int64_t i0 = 0; i0 < p.P; i0 += kStepRows) {

@@ -12,7 +12,8 @@ namespace {
 
 // Philox4x32-10 (Salmon et al., 2011): four words from a counter of four words and a key of two.
 struct Philox {
-  VecU word[4];
+  static constexpr int kRounds = 10;
+  uint32_t keys[kRounds][2];
 
   struct Product {
     VecU low, high;
@@ -39,16 +40,27 @@ struct Philox {
 #endif
   }
 
-  Philox(VecU c0, VecU c1, VecU c2, VecU c3, uint64_t key) : word{c0, c1, c2, c3} {
+  explicit Philox(uint64_t key) {
     uint32_t k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32);
-    for (int round = 0; round < 10; ++round) {
-      const Product first = product(word[0], 0xD2511F53u), second = product(word[2], 0xCD9E8D57u);
-      word[0] = second.high ^ word[1] ^ k0;
-      word[1] = second.low;
-      word[2] = first.high ^ word[3] ^ k1;
-      word[3] = first.low;
+    for (auto& of_round : keys) {
+      of_round[0] = k0;
+      of_round[1] = k1;
       k0 += 0x9E3779B9u;
       k1 += 0xBB67AE85u;
+    }
+  }
+
+  // kDraws independent chains of instructions; words hold the counters, and then the draws.
+  template <int kDraws>
+  void draw(VecU (&words)[kDraws][4]) const {
+    for (const auto& key : keys) {
+      for (auto& word : words) {
+        const Product first = product(word[0], 0xD2511F53u), second = product(word[2], 0xCD9E8D57u);
+        word[0] = second.high ^ word[1] ^ key[0];
+        word[1] = second.low;
+        word[2] = first.high ^ word[3] ^ key[1];
+        word[3] = first.low;
+      }
     }
   }
 };
@@ -56,33 +68,49 @@ struct Philox {
 // What the state of one request is rounded with: element n of a row takes half n % 2 of word n / 2 % 4 of the
 // draw whose counter is (n / 8, row, position) and whose key is the request's seed.
 struct RandomBits {
-  uint64_t seed, position;
+  Philox generator;
+  uint64_t position;
 
-  // 8 * kLanes<float> elements of a row from n, a multiple of 8: 16 bits in each lane of 8 vectors.
-  void fill(VecU* bits, int64_t row, int64_t n) const {
+  RandomBits(uint64_t seed, uint64_t position) : generator(seed), position(position) {}
+
+  // 8 * kLanes<float> elements, from n, a multiple of 8, of kRows rows: 16 bits in each lane of 8 vectors a row.
+  template <int kRows>
+  void fill(VecU (&bits)[kRows][8], int64_t row, int64_t n) const {
     VecU counter;
     for (int i = 0; i < kLanes<float>; ++i) counter[i] = static_cast<uint32_t>(n / 8 + i);
-    const Philox draw(counter, VecU{} + static_cast<uint32_t>(row), VecU{} + static_cast<uint32_t>(position),
-                      VecU{} + static_cast<uint32_t>(position >> 32), seed);
-#if defined(__AVX512F__)
-    // Two draws make a vector: lanes 0 to 7 the words 0 0 1 1 2 2 3 3 of one, the others those of the next.
-    const __m512i halves = _mm512_set1_epi64(int64_t{16} << 32);
-    __m512i index = _mm512_setr_epi32(0, 0, 16, 16, 0, 0, 16, 16, 1, 1, 17, 17, 1, 1, 17, 17);
+    VecU words[kRows][4];
+    for (int r = 0; r < kRows; ++r) {
+      words[r][0] = counter;
+      words[r][1] = VecU{} + static_cast<uint32_t>(row + r);
+      words[r][2] = VecU{} + static_cast<uint32_t>(position);
+      words[r][3] = VecU{} + static_cast<uint32_t>(position >> 32);
+    }
+    generator.draw(words);
+    for (int r = 0; r < kRows; ++r) spread(words[r], bits[r]);
+  }
+
+ private:
+  static void spread(const VecU (&words)[4], VecU (&bits)[8]) {
+#if defined(__AVX512BW__)
+    // A vector takes two draws. Of lanes 0 to 7, which take one, 0 to 3 have the halves of its words 0 and 1, the low
+    // one first, and 4 to 7 those of words 2 and 3.
+    constexpr __mmask32 kFirst = 0x00550055, kLast = 0x55005500;
+    const __m512i step = _mm512_set1_epi32(4);
+    __m512i index = _mm512_setr_epi32(0, 1, 32, 33, 0, 1, 32, 33, 2, 3, 34, 35, 2, 3, 34, 35);
+    const auto word = [&](int i) { return as_bits<__m512i>(words[i]); };
     for (int v = 0; v < 8; ++v) {
-      const auto word = [&](int i) { return as_bits<__m512i>(draw.word[i]); };
-      const __m512i first = _mm512_permutex2var_epi32(word(0), index, word(1));
-      const __m512i last = _mm512_permutex2var_epi32(word(2), index, word(3));
-      const __m512i both = _mm512_srlv_epi32(_mm512_mask_blend_epi32(0xf0f0, first, last), halves);
-      bits[v] = as_bits<VecU>(both) & 0xffffu;
-      index = _mm512_add_epi32(index, _mm512_set1_epi32(2));
+      const __m512i first = _mm512_maskz_permutex2var_epi16(kFirst, word(0), index, word(1));
+      const __m512i last = _mm512_maskz_permutex2var_epi16(kLast, word(2), index, word(3));
+      bits[v] = as_bits<VecU>(_mm512_or_si512(first, last));
+      index = _mm512_add_epi32(index, step);
     }
 #else
-    uint32_t words[4][kLanes<float>];
-    __builtin_memcpy(words, draw.word, sizeof(words));
+    uint32_t lanes[4][kLanes<float>];
+    __builtin_memcpy(lanes, words, sizeof(lanes));
     for (int v = 0; v < 8; ++v) {
       for (int i = 0; i < kLanes<float>; ++i) {
-        const int element = v * kLanes<float> + i;  // the low half of a word first
-        bits[v][i] = words[element / 2 % 4][element / 8] >> (element % 2 * 16) & 0xffffu;
+        const int element = v * kLanes<float> + i;
+        bits[v][i] = lanes[element / 2 % 4][element / 8] >> (element % 2 * 16) & 0xffffu;
       }
     }
 #endif
@@ -92,9 +120,9 @@ struct RandomBits {
 // Up in magnitude with the probability of the 16 bits that are cut off; infinity and NaN as they are.
 inline VecU16 narrow_randomly(BFloat16, Vec<float> value, VecU random) {
   const VecU bits = as_bits<VecU>(value);
-  const VecU special = __builtin_convertvector(narrow(BFloat16{}, value), VecU);
-  const VecU result = (bits & 0x7f800000u) == 0x7f800000u ? special : (bits + random) >> 16;
-  return __builtin_convertvector(result, VecU16);
+  const VecU up = (bits & 0x7f800000u) == 0x7f800000u ? bits : bits + random;
+  const VecU quiet = value == value ? VecU{} : VecU{} + 0x40u;
+  return __builtin_convertvector(up >> 16 | quiet, VecU16);
 }
 
 inline VecU16 narrow_randomly(Float16, Vec<float> value, VecU random) {
