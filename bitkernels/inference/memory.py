@@ -47,7 +47,8 @@ def plan_memory(model: BiMambaForCausalLM, max_batch: int, state_dtype: torch.dt
     token = 24 * c.d_model + item * (2 * c.d_model + c.d_in_proj + c.d_conv_channels + 2 * c.d_inner) + 12 * c.nheads
     prefill = prefill_chunk * token + (prefill_chunk // _SCAN_CHUNK + 4) * state * 4
     decode = max_batch * (2 * token + c.vocab_size * (item + Sampler.WORKSPACE))
-    return MemoryPlan(weight_bytes(model), states, Sampler.nbytes(max_batch, c.vocab_size), max(prefill, decode))
+    # Captured steps keep their memory while prompts are read.
+    return MemoryPlan(weight_bytes(model), states, Sampler.nbytes(max_batch, c.vocab_size), prefill + decode)
 
 
 def free_memory(device: torch.device) -> int | None:
