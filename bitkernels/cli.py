@@ -41,6 +41,7 @@ class Dtype(str, Enum):
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda; auto takes a GPU where there is one.")]
 Text = Annotated[Path | None, typer.Option(help="UTF-8 text, also .xz. Default: the King James Bible, shipped.")]
 Activations = Annotated[Dtype, typer.Option(help="Of embedding and activations.")]
+StateDtype = Annotated[Dtype, typer.Option(help="Of the state; 16-bit states are rounded stochastically.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 
 
@@ -242,21 +243,84 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 200,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.7,
     top_k: Annotated[int | None, typer.Option(min=1, help="Draw from the k likeliest tokens.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Draw from the likeliest that together reach p.")] = 0.9,
+    top_p: Annotated[float, typer.Option(help="Draw from the likeliest that together reach p.")] = 0.9,
+    min_p: Annotated[float, typer.Option(help="Draw from those of at least min_p times the likeliest.")] = 0.0,
+    repetition_penalty: Annotated[float, typer.Option(help="Divides the logits of tokens that occurred.")] = 1.0,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same text.")] = None,
     dtype: Activations = Dtype.float32,
+    state_dtype: StateDtype = Dtype.float32,
     device: Device = "auto",
 ) -> None:
     """Generate text from a checkpoint, as it comes."""
     with _clear_errors():
+        import torch
+
+        from bitkernels.inference import SamplingParams
         from bitkernels.inference.text import stream_text
 
+        sampling = SamplingParams(
+            max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed=seed
+        )  # fmt: skip
         checkpoint = _load(file, device, dtype)
-        options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
-        for piece in stream_text(checkpoint, prompt, max_new_tokens, **options):
+        for piece in stream_text(checkpoint, prompt, sampling=sampling, state_dtype=getattr(torch, state_dtype.value)):
             sys.stdout.write(piece)
             sys.stdout.flush()
         sys.stdout.write("\n")
+
+
+@app.command()
+def bench(
+    file: Annotated[Path | None, typer.Argument(help="A packed checkpoint. Default: random weights.")] = None,
+    config: Annotated[str, typer.Option(help="Named shape of the random weights.")] = "780m",
+    batch: Annotated[int, typer.Option(min=1, help="Requests at once.")] = 1,
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")] = 512,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to decode for each request.")] = 64,
+    dtype: Activations = Dtype.bfloat16,
+    state_dtype: StateDtype = Dtype.float32,
+    prefill_chunk: Annotated[int, typer.Option(min=1, help="Prompt tokens of a step.")] = 2048,
+    batch_invariant: Annotated[bool, typer.Option(help="Steps of one shape.")] = False,
+    device: Device = "auto",
+) -> None:
+    """Measure generation: tokens a second, memory, joules a token."""
+    with _clear_errors():
+        import torch
+
+        from bitkernels.inference.bench import measure, random_model
+        from bitkernels.inference.memory import check_memory, plan_memory
+        from bitkernels.models import CONFIGS, BiMambaForCausalLM
+
+        where, console = _device(device), Console()
+        activations, states = getattr(torch, dtype.value), getattr(torch, state_dtype.value)
+        if file is not None:
+            model = _load(file, device, dtype).model
+        elif config not in CONFIGS:
+            raise ValueError(f"--config must be one of {', '.join(CONFIGS)}, got {config!r}")
+        else:
+            shape = BiMambaForCausalLM.on_meta(CONFIGS[config], packed=True).set_activation_dtype_(activations)
+            plan = plan_memory(shape, batch, states, prefill_chunk)
+            console.print(f"Will need {plan}.")
+            check_memory(plan, where)
+            model = random_model(CONFIGS[config], where, activations)
+        result = measure(
+            model, batch, prompt, new_tokens, states, prefill_chunk=prefill_chunk, batch_invariant=batch_invariant
+        )
+        if where.type == "cuda":
+            name = torch.cuda.get_device_name(where)
+        else:
+            name = f"CPU, {torch.get_num_threads()} threads, OMP_WAIT_POLICY={os.environ['OMP_WAIT_POLICY']}"
+        _print_pairs(
+            console,
+            {
+                "model": str(file or f"{config}, random weights"),
+                "device": name,
+                "prefill": f"{result.prefill_rate:,.1f} tokens/s ({batch} x {prompt})",
+                "decode": f"{result.decode_rate:,.1f} tokens/s, {result.step_ms:.3f} ms a step",
+                "planned memory": str(result.plan),
+                "peak memory": f"{result.peak_bytes / 1e6:,.1f} MB"
+                + (" allocated" if where.type == "cuda" else " resident, with torch"),
+                "energy": f"{result.joules:.4g} J a token ({result.joules_from})",
+            },
+        )
 
 
 @app.command("eval")

@@ -7,11 +7,10 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import nn
 
 from bitkernels.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from bitkernels.data import read_text, shipped_text
-from bitkernels.inference import stream
+from bitkernels.inference.memory import weight_bytes
 from bitkernels.inference.text import stream_text
 from bitkernels.models import CONFIGS, BiMambaForCausalLM
 from bitkernels.nn import pack_, packed_zeros
@@ -61,21 +60,13 @@ class Row:
     tokens_per_second: float
 
 
-def weight_bytes(model: nn.Module) -> int:
-    """Memory of all parameters and buffers."""
-    return sum(tensor.nbytes for tensor in model.state_dict().values())
-
-
 def generation_rate(model: BiMambaForCausalLM, prompt: torch.Tensor, new_tokens: int) -> float:
     """Tokens a second of one sequence, without the first tokens, which warm up."""
-    tokens = stream(model, prompt, new_tokens, temperature=0)
+    tokens = model.stream(prompt, max_new_tokens=new_tokens, temperature=0)
     for _ in range(min(8, new_tokens // 2)):
         next(tokens)
-    begin, count = time.perf_counter(), 0
-    for token in tokens:
-        token.tolist()  # waits for the device, as a reader would
-        count += 1
-    return count / (time.perf_counter() - begin)
+    begin = time.perf_counter()
+    return sum(1 for _ in tokens) / (time.perf_counter() - begin)
 
 
 def run_demo(
@@ -125,7 +116,7 @@ def run_demo(
 
     packed = load_checkpoint(files["packed"], device)
     console.print(f"\nText from {files['packed']} alone:\n")
-    for piece in stream_text(packed, prompt, budget.new_tokens, temperature=0.7, top_p=0.9, seed=seed):
+    for piece in stream_text(packed, prompt, max_new_tokens=budget.new_tokens, temperature=0.7, top_p=0.9, seed=seed):
         console.print(piece, end="", markup=False, highlight=False, soft_wrap=True)
     console.print("\n")
 

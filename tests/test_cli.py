@@ -6,7 +6,7 @@ from typer.testing import CliRunner
 from bitkernels.cli import app
 from bitkernels.data import shipped_text
 
-COMMANDS = ["demo", "train", "pack", "generate", "eval", "report", "info"]
+COMMANDS = ["demo", "train", "pack", "generate", "bench", "eval", "report", "info"]
 
 
 def invoke(*arguments):
@@ -62,6 +62,21 @@ def test_generate_repeats_with_a_seed(files):
     first = succeed("generate", *options)
     assert first.startswith("And God said")
     assert first == succeed("generate", *options)
+
+
+def test_bench_reports(files):
+    for source in ([files["packed"]], ["--config", "tiny"]):
+        output = succeed("bench", *source, "--prompt", 20, "--new-tokens", 2, "--batch", 2, "--device", "cpu")
+        for word in (
+            "prefill",
+            "decode",
+            "tokens/s",
+            "planned memory",
+            "peak memory",
+            "J a token (estimate of the paper",
+        ):
+            assert word in output
+    assert "--config must be one of" in fail("bench", "--config", "huge")
 
 
 def test_info_tells_what_is_in_a_file(files):

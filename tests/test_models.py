@@ -4,7 +4,6 @@ import pytest
 import torch
 from helpers import assert_close
 
-from bitkernels.inference import generate, sample, stream
 from bitkernels.models import CONFIGS, BiMambaConfig, BiMambaForCausalLM
 from bitkernels.nn import BitLinear, FBILinear, PackedLinear, pack_
 
@@ -148,39 +147,6 @@ def test_initialisation_is_mamba_2():
 def test_bad_configurations(change, message):
     with pytest.raises(ValueError, match=message):
         SHAPE.replace(**change)
-
-
-def test_generation_is_greedy_seeded_and_streams():
-    model = make("binary")
-    ids = torch.randint(50, (2, 4))
-    greedy = generate(model, ids, 6, temperature=0)
-    assert greedy.shape == (2, 10)
-    with torch.no_grad():
-        for t in range(4, 10):
-            assert torch.equal(model(greedy[:, :t])[:, -1].argmax(-1), greedy[:, t])
-    drawn = generate(model, ids, 12, seed=3, top_k=20, top_p=0.9)
-    assert torch.equal(drawn, generate(model, ids, 12, seed=3, top_k=20, top_p=0.9))
-    assert not torch.equal(drawn, generate(model, ids, 12, seed=4, top_k=20, top_p=0.9))
-    assert torch.equal(torch.stack(list(stream(model, ids, 12, seed=3, top_k=20, top_p=0.9)), 1), drawn[:, 4:])
-
-
-def test_generation_stops_at_stop_tokens():
-    model = make("binary")
-    ids = torch.randint(50, (1, 4))
-    greedy = generate(model, ids, 8, temperature=0)[0, 4:].tolist()
-    stop = greedy[3]
-    stopped = generate(model, ids, 8, temperature=0, stop_tokens=[stop])[0, 4:].tolist()
-    assert stopped == greedy[: greedy.index(stop) + 1]
-
-
-def test_sampling_keeps_to_top_k_and_top_p():
-    logits = torch.tensor([[0.0, 3.0, 2.0, 1.0]]).expand(200, -1)
-    assert set(sample(logits, top_k=2).tolist()) == {1, 2}
-    assert set(sample(logits, top_p=0.5).tolist()) == {1}
-    assert set(sample(logits, temperature=0).tolist()) == {1}
-    for wrong in ({"temperature": -1}, {"top_k": 0}, {"top_p": 0.0}):
-        with pytest.raises(ValueError, match=next(iter(wrong))):
-            sample(logits, **wrong)
 
 
 def test_bad_ids_and_caches():

@@ -2,15 +2,13 @@
 
 from collections.abc import Iterator
 
-import torch
 from tokenizers.decoders import DecodeStream
 
 from bitkernels.checkpoint import Checkpoint
-from bitkernels.inference.generate import stream
 
 
-def stream_text(checkpoint: Checkpoint, prompt: str, max_new_tokens: int, **options) -> Iterator[str]:
-    """Yields the prompt and then what the model adds to it, as whole characters; ``options`` as in ``stream``."""
+def stream_text(checkpoint: Checkpoint, prompt: str, **options) -> Iterator[str]:
+    """Yields the prompt and then what the model adds to it, as whole characters; ``options`` as of ``generate``."""
     if checkpoint.tokenizer is None:
         raise ValueError("stream_text: the checkpoint holds no tokenizer")
     ids = checkpoint.tokenizer.encode(prompt).ids
@@ -18,8 +16,7 @@ def stream_text(checkpoint: Checkpoint, prompt: str, max_new_tokens: int, **opti
         raise ValueError("stream_text: prompt must not be empty")
     yield prompt
     decoder = DecodeStream(skip_special_tokens=False)
-    tokens = torch.tensor([ids], device=checkpoint.model.device)
-    for token in stream(checkpoint.model, tokens, max_new_tokens, **options):
+    for _, token in checkpoint.model.stream([ids], **options):
         # A character of several bytes comes with its last byte.
-        if piece := decoder.step(checkpoint.tokenizer, int(token)):
+        if piece := decoder.step(checkpoint.tokenizer, token):
             yield piece

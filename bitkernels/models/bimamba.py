@@ -5,20 +5,28 @@ causal convolution over x, B and C, the SSD scan, a gated RMSNorm, and out_proj.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from bitkernels import causal_conv1d, causal_conv1d_step, gated_rms_norm, ssd_scan, ssd_step
 from bitkernels.models.config import BiMambaConfig
 from bitkernels.nn import BitEmbedding, BitLinear, FBILinear
+from bitkernels.nn.convert import empty_packed_
+
+if TYPE_CHECKING:
+    from bitkernels.inference import SamplingParams
 
 _DT_MIN, _DT_MAX, _DT_FLOOR = 1e-3, 0.1, 1e-4
 _A_RANGE = (1.0, 16.0)
 _EMBEDDING_STD = 0.02
+# Sets the keys of a request's layers apart; any odd number far from those that users choose.
+_LAYER_SEED = 0x9E3779B97F4A7
 
 
 @dataclass
@@ -28,17 +36,67 @@ class BiMambaCache:
     Its size does not depend on how many tokens it has seen. Updated in place by ``prefill`` and ``step``.
     """
 
-    conv: list[Tensor]  # [B, d_conv - 1, channels] each
-    ssm: list[Tensor]  # [B, H, P, N] each
+    conv: Tensor  # [n_layer, B, d_conv - 1, channels]
+    ssm: Tensor  # [n_layer, B, H, P, N]
     tokens: int = 0
 
     @property
     def batch_size(self) -> int:
-        return self.conv[0].shape[0]
+        return self.ssm.shape[1]
 
     @property
     def nbytes(self) -> int:
-        return sum(state.nbytes for state in (*self.conv, *self.ssm))
+        return self.conv.nbytes + self.ssm.nbytes
+
+
+class Slots(NamedTuple):
+    """Which states of a cache a step's tokens belong to; int64 [B] each."""
+
+    indices: Tensor  # distinct; a negative one is padding: it changes no state but the spare one of the convolution
+    seed: Tensor | None = None  # with position: 16-bit states are rounded stochastically, as in ssd_step
+    position: Tensor | None = None
+
+    def of_layer(self, i: int) -> "Slots":
+        return self if self.seed is None else self._replace(seed=self.seed + i * _LAYER_SEED)
+
+
+class Packed(NamedTuple):
+    """S sequences in one row; the first may continue one that was read before, the others start."""
+
+    seq_idx: Tensor  # int32 [1, T]
+    cu_seqlens: Tensor  # int32 [S + 1]
+    slots: Tensor  # int64 [S], the states of the cache; those of sequences that start are zero
+    # The last W - 1 inputs of the convolution: where in the row they are, or in what was there before.
+    new: Tensor  # int64 [S, W - 1]
+    old: Tensor  # int64 [S, W - 1, 1]
+    is_old: Tensor  # bool [S, W - 1, 1]
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], slots: Sequence[int], d_conv: int, device: torch.device) -> "Packed":
+        """Sequences of ``lengths`` tokens each."""
+        counts, width = torch.tensor(lengths), d_conv - 1
+        ends = counts.cumsum(0)
+        # Of W - 1 + length inputs the last W - 1.
+        offset = torch.arange(width) + counts[:, None]
+        host = cls(
+            torch.arange(len(lengths), dtype=torch.int32).repeat_interleave(counts)[None],
+            F.pad(ends, (1, 0)).int(),
+            torch.tensor(slots),
+            (offset - width + (ends - counts)[:, None]).clamp(min=0),
+            offset.clamp(max=max(width - 1, 0))[..., None],
+            (offset < width)[..., None],
+        )
+        return cls(*(to_device(tensor, device) for tensor in host))
+
+    def conv_states(self, states: Tensor, xbc: Tensor) -> Tensor:
+        """``states`` [S, W - 1, C] moved on by each sequence's part of ``xbc`` [1, T, C]."""
+        read = xbc[0, self.new].to(states.dtype)
+        return torch.where(self.is_old, states.gather(1, self.old.expand_as(states)), read)
+
+
+def to_device(host: Tensor, device: torch.device) -> Tensor:
+    """A copy of a small tensor for which nothing waits."""
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
 
 
 class RMSNorm(nn.Module):
@@ -80,6 +138,8 @@ class Mixer(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
+        if self.A_log.is_meta:  # where it would import torch's compiler
+            return
         bound = self.config.d_conv**-0.5
         nn.init.uniform_(self.conv_weight, -bound, bound)
         nn.init.uniform_(self.conv_bias, -bound, bound)
@@ -114,26 +174,43 @@ class Mixer(nn.Module):
         seq_idx: Tensor | None = None,  # int [B, T]
         conv_state: Tensor | None = None,  # [B, d_conv - 1, channels], updated in place
         ssm_state: Tensor | None = None,  # [B, H, P, N], updated in place
+        packed: Packed | None = None,  # several sequences in a batch of one; states are those of all slots
     ) -> Tensor:
         z, xbc, dt = self._split(self.in_proj(hidden))
         weight, bias = self.conv_weight.to(xbc.dtype), self.conv_bias.to(xbc.dtype)
-        x, B, C = self._split_conv(causal_conv1d(xbc, weight, bias, conv_state, seq_idx))
+        initial_conv, initial_ssm, cu_seqlens = conv_state, ssm_state, None
+        if packed is not None:
+            windows, initial_ssm = conv_state[packed.slots], ssm_state[packed.slots]
+            initial_conv, seq_idx, cu_seqlens = windows[:1], packed.seq_idx, packed.cu_seqlens
+        x, B, C = self._split_conv(causal_conv1d(xbc, weight, bias, initial_conv, seq_idx))
         y, final = ssd_scan(
             x, dt, self.A, B, C, chunk_size=self.config.chunk_size, D=self.D, dt_bias=self.dt_bias,
-            initial_states=ssm_state, seq_idx=seq_idx, dt_softplus=True, return_final_states=True,
+            initial_states=initial_ssm, seq_idx=None if packed else seq_idx, cu_seqlens=cu_seqlens, dt_softplus=True,
+            return_final_states=True,
         )  # fmt: skip
-        if conv_state is not None:
-            conv_state.copy_(torch.cat([conv_state, xbc.to(conv_state.dtype)], 1)[:, xbc.shape[1] :])
+        if packed is not None:
+            conv_state[packed.slots] = packed.conv_states(windows, xbc)
+            ssm_state[packed.slots] = final.to(ssm_state.dtype)
+        elif conv_state is not None:
+            read = xbc[:, max(0, xbc.shape[1] - conv_state.shape[1]) :].to(conv_state.dtype)
+            conv_state.copy_(torch.cat([conv_state, read], 1)[:, read.shape[1] :])
             ssm_state.copy_(final)
         y = gated_rms_norm(y.flatten(-2), z, self.norm_weight.to(z.dtype), self.config.norm_eps)
         return self.out_proj(y)
 
-    def step(self, hidden: Tensor, conv_state: Tensor, ssm_state: Tensor) -> Tensor:
-        """One token: [B, d_model] -> [B, d_model]; both states are updated in place."""
+    def step(self, hidden: Tensor, conv_state: Tensor, ssm_state: Tensor, slots: Slots | None = None) -> Tensor:
+        """One token: [B, d_model] -> [B, d_model]; both states, of ``slots`` where given, are updated in place."""
         z, xbc, dt = self._split(self.in_proj(hidden))
         weight, bias = self.conv_weight.to(xbc.dtype), self.conv_bias.to(xbc.dtype)
-        x, B, C = self._split_conv(causal_conv1d_step(conv_state, xbc, weight, bias))
-        y = ssd_step(ssm_state, x, dt, self.A, B, C, D=self.D, dt_bias=self.dt_bias, dt_softplus=True)
+        indices, seed, position = slots or (None, None, None)
+        window = conv_state if slots is None else conv_state[indices]
+        x, B, C = self._split_conv(causal_conv1d_step(window, xbc, weight, bias))
+        if slots is not None:
+            conv_state[indices] = window
+        y = ssd_step(
+            ssm_state, x, dt, self.A, B, C, D=self.D, dt_bias=self.dt_bias, dt_softplus=True,
+            state_indices=indices, seed=seed, position=position,
+        )  # fmt: skip
         y = gated_rms_norm(y.flatten(-2), z, self.norm_weight.to(z.dtype), self.config.norm_eps)
         return self.out_proj(y)
 
@@ -164,6 +241,15 @@ class Stack(nn.ModuleList):
         return self._modules[str(self.order[position])]
 
 
+class _Uninitialised(TorchFunctionMode):
+    """Skips ``torch.nn.init``, which on the meta device imports torch's compiler, and that takes seconds."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
 class BiMambaForCausalLM(nn.Module):
     """Token ids to next-token logits.
 
@@ -187,6 +273,13 @@ class BiMambaForCausalLM(nn.Module):
         self.config = config
         for layer in self.layers:
             layer.mixer.config = config
+
+    @classmethod
+    def on_meta(cls, config: BiMambaConfig, packed: bool = False) -> "BiMambaForCausalLM":
+        """A model without memory, packed or latent, to load a checkpoint into or to plan with."""
+        with torch.device("meta"), _Uninitialised():
+            model = cls(config)
+        return empty_packed_(model) if packed else model
 
     @property
     def device(self) -> torch.device:
@@ -217,14 +310,12 @@ class BiMambaForCausalLM(nn.Module):
         """The names of the full-precision matrices, which are stored in 16 bits when the others are packed."""
         return [f"{name}.weight" for name in self._dense()]
 
-    def new_cache(self, batch_size: int, dtype: torch.dtype = torch.float32) -> BiMambaCache:
-        """The zero state of ``batch_size`` sequences."""
+    def new_cache(self, batch_size: int, dtype: torch.dtype = torch.float32, padding: bool = False) -> BiMambaCache:
+        """The zero state of ``batch_size`` sequences; ``padding`` adds the spare row that padded slots need."""
         c = self.config
-        conv, ssm = (batch_size, c.d_conv - 1, c.d_conv_channels), (batch_size, c.nheads, c.headdim, c.d_state)
-        return BiMambaCache(
-            [torch.zeros(conv, dtype=dtype, device=self.device) for _ in range(c.n_layer)],
-            [torch.zeros(ssm, dtype=dtype, device=self.device) for _ in range(c.n_layer)],
-        )
+        conv = (c.n_layer, batch_size + padding, c.d_conv - 1, c.d_conv_channels)
+        ssm = (c.n_layer, batch_size, c.nheads, c.headdim, c.d_state)
+        return BiMambaCache(*(torch.zeros(shape, dtype=dtype, device=self.device) for shape in (conv, ssm)))
 
     def hidden_states(self, ids: Tensor, seq_idx: Tensor | None = None, cache: BiMambaCache | None = None) -> Tensor:
         """[B, T] -> the normalised output of the last layer, [B, T, d_model]."""
@@ -258,16 +349,56 @@ class BiMambaForCausalLM(nn.Module):
         return self.logits(hidden[:, -1])
 
     @torch.no_grad()
-    def step(self, ids: Tensor, cache: BiMambaCache) -> Tensor:
-        """Reads one token for each sequence, [B], into ``cache``; returns the next logits, [B, vocab_size]."""
-        self._check_ids(ids, 1, "[B]")
-        self._check_cache(ids, cache)
+    def prefill_packed(self, ids: Tensor, packed: Packed, cache: BiMambaCache) -> Tensor:
+        """Reads the tokens [1, T] of S sequences into their slots; returns the logits after each, [S, vocab_size]."""
         hidden = self.embedding(ids)
         dtype, residual = hidden.dtype, hidden.float()
         for layer, conv, ssm in zip(self.layers, cache.conv, cache.ssm, strict=True):
-            residual = residual + layer.mixer.step(layer.norm(residual, dtype), conv, ssm).float()
+            residual = residual + layer.mixer(layer.norm(residual, dtype), None, conv, ssm, packed).float()
+        return self.logits(self.norm(residual[0, packed.cu_seqlens[1:] - 1], dtype))
+
+    @torch.no_grad()
+    def step(self, ids: Tensor, cache: BiMambaCache, slots: Slots | None = None) -> Tensor:
+        """Reads one token for each sequence, [B], into ``cache``; returns the next logits, [B, vocab_size].
+
+        ``slots`` says which sequences of the cache those are, where they are not all of it in order.
+        """
+        self._check_ids(ids, 1, "[B]")
+        if slots is None:
+            self._check_cache(ids, cache)
+        hidden = self.embedding(ids)
+        dtype, residual = hidden.dtype, hidden.float()
+        for i, layer in enumerate(self.layers):
+            states = cache.conv[i], cache.ssm[i], slots and slots.of_layer(i)
+            residual = residual + layer.mixer.step(layer.norm(residual, dtype), *states).float()
         cache.tokens += 1
         return self.logits(self.norm(residual, dtype))
+
+    def stream(
+        self,
+        prompts: Tensor | Sequence[Sequence[int] | Tensor],  # int [B, T], or B prompts of any lengths
+        sampling: "SamplingParams | Sequence[SamplingParams] | None" = None,
+        **options,
+    ) -> Iterator[tuple[int, int]]:
+        """Yields (index of the prompt, its next token) as tokens come.
+
+        ``sampling`` is for all prompts or a list of one for each; ``options`` are fields of ``SamplingParams`` where it
+        is not given, and arguments of ``Engine``.
+        """
+        from bitkernels.inference.generate import stream
+
+        return stream(self, prompts, sampling, **options)
+
+    def generate(
+        self,
+        prompts: Tensor | Sequence[Sequence[int] | Tensor],
+        sampling: "SamplingParams | Sequence[SamplingParams] | None" = None,
+        **options,
+    ) -> list[list[int]]:
+        """The new tokens of each prompt; arguments as of ``stream``."""
+        from bitkernels.inference.generate import generate
+
+        return generate(self, prompts, sampling, **options)
 
     @staticmethod
     def _check_ids(ids: Tensor, dims: int, shape: str) -> None:

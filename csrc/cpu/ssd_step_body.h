@@ -6,6 +6,44 @@
 namespace bitkernels::cpu {
 namespace {
 
+// Rows and elements of a state that are worked on at once: B and C of a tile stay in registers for all of its rows.
+constexpr int64_t kStepRows = 64;
+constexpr int kStepVectors = 8;
+// Rows whose random bits are drawn together.
+constexpr int kDrawnRows = 2;
+
+// One tile: elements [n0, n0 + kStepVectors * kLanes) of each row of h. Adds C h of each row to sums.
+template <bool kRandom, bool kWhole, typename E, typename S, typename T = AccOf<E>>
+void step_tile(S* h, int64_t stride, int64_t rows, int64_t first_row, int64_t n0, int64_t N, T decay, const T* scaled,
+               const E* B, const E* C, const RandomBits& random, T* sums) {
+  constexpr int kN = kLanes<T>;
+  Vec<T> b[kStepVectors], c[kStepVectors];
+  for (int v = 0; v < kStepVectors; ++v) {
+    b[v] = load(B + n0 + v * kN, N - n0 - v * kN);
+    c[v] = load(C + n0 + v * kN, N - n0 - v * kN);
+  }
+  VecU bits[kDrawnRows][kRandom ? kStepVectors : 1];
+  for (int64_t i = 0; i < rows; ++i) {
+    S* row = h + i * stride + n0;
+    if constexpr (kRandom) {
+      if (i % kDrawnRows == 0) random.fill(bits, first_row + i, n0);
+    }
+    Vec<T> sum{};
+    for (int v = 0; v < kStepVectors; ++v) {
+      const int64_t left = kWhole ? kN : N - n0 - v * kN;
+      if (left <= 0) break;
+      const Vec<T> next = load(row + v * kN, left) * decay + b[v] * scaled[i];
+      if constexpr (kRandom) {
+        store_randomly(row + v * kN, next, bits[i % kDrawnRows][v], left);
+      } else {
+        store(row + v * kN, next, left);
+      }
+      sum += next * c[v];
+    }
+    sums[i] += sum_lanes(sum);
+  }
+}
+
 template <typename E, typename S>
 void step_head(const SsdStep& p, int64_t batch, int64_t head) {
   using T = AccOf<E>;
@@ -28,34 +66,33 @@ void step_head(const SsdStep& p, int64_t batch, int64_t head) {
     return;
   }
   S* state = static_cast<S*>(p.state) + slot * p.state_batch + head * p.state_head;
-  RandomBits random{};
-  if (p.seed) random = {static_cast<uint64_t>(p.seed[batch]), static_cast<uint64_t>(p.position[batch])};
 
-  for (int64_t i = 0; i < p.P; ++i) {
-    S* h = state + i * p.state_row;
-    const T value = load_one(x + i);
-    const T scaled = dt[0] * value;
-    Vec<T> sum{};
-    uint16_t bits[8 * kLanes<float>];
-    for (int64_t n = 0; n < p.N; n += kLanes<T>) {
-      const Vec<T> next = load(h + n, p.N - n) * decay + load(B + n, p.N - n) * scaled;
-      if constexpr (sizeof(S) == 2) {
-        const int64_t offset = n % (8 * kLanes<float>);
-        if (p.seed && offset == 0) random.fill(bits, head * p.P + i, n);
-        if (p.seed) {
-          store_randomly(h + n, next, bits + offset, p.N - n);
-        } else {
-          store(h + n, next, p.N - n);
-        }
+  const RandomBits random(p.seed ? static_cast<uint64_t>(p.seed[batch]) : 0,
+                          p.seed ? static_cast<uint64_t>(p.position[batch]) : 0);
+  constexpr int64_t kTile = kStepVectors * kLanes<T>;
+
+  for (int64_t i0 = 0; i0 < p.P; i0 += kStepRows) {
+    const int64_t rows = p.P - i0 < kStepRows ? p.P - i0 : kStepRows;
+    T scaled[kStepRows], sums[kStepRows] = {};
+    for (int64_t i = 0; i < rows; ++i) scaled[i] = dt[0] * load_one(x + i0 + i);
+    for (int64_t n = 0; n < p.N; n += kTile) {
+      const auto step = [&](auto randomly, auto whole) {
+        step_tile<randomly && sizeof(S) == 2, whole>(state + i0 * p.state_row, p.state_row, rows, head * p.P + i0, n,
+                                                     p.N, decay, scaled, B, C, random, sums);
+      };
+      const bool whole = n + kTile <= p.N;
+      if (p.seed) {
+        whole ? step(std::true_type{}, std::true_type{}) : step(std::true_type{}, std::false_type{});
       } else {
-        store(h + n, next, p.N - n);
+        whole ? step(std::false_type{}, std::true_type{}) : step(std::false_type{}, std::false_type{});
       }
-      sum += next * load(C + n, p.N - n);
     }
-    T out = sum_lanes(sum);
-    if (p.D) out += static_cast<const T*>(p.D)[p.D_per_channel ? head * p.P + i : head] * value;
-    if (z) out *= silu(splat(load_one(z + i)))[0];
-    store(y + i, splat(out), 1);
+    for (int64_t i = i0; i < i0 + rows; ++i) {
+      T out = sums[i - i0];
+      if (p.D) out += static_cast<const T*>(p.D)[p.D_per_channel ? head * p.P + i : head] * load_one(x + i);
+      if (z) out *= silu(splat(load_one(z + i)))[0];
+      store(y + i, splat(out), 1);
+    }
   }
 }
 
