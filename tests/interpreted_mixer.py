@@ -109,9 +109,10 @@ def test_scan_16bit(dtype):
         {"P": 3, "N": 5, "H": 3, "G": 1, "B": 1},
         {"limits": (0.1, 0.8), "H": 2, "B": 1},
         {"softplus": False, "limits": (0.05, None), "H": 2, "B": 1},
+        {"softplus": False, "H": 2, "B": 1},
         {"B": 1, "T": 40, "H": 2, "cu_seqlens": [0, 40]},
     ],
-    ids=["one token", "several tiles", "below a tile", "limits", "no softplus", "one sequence"],
+    ids=["one token", "several tiles", "below a tile", "limits", "no softplus", "negative steps", "one sequence"],
 )
 def test_scan_sizes(case):
     check_scan(ALL, **case)

@@ -246,6 +246,22 @@ def test_extreme_steps(device):
             assert_close(f"d{name}", t.grad, leaf.grad)
 
 
+def test_negative_steps_are_zero(device):
+    """Without a softplus the limits alone keep step sizes from being negative."""
+    case = Case(1, 40, 2, 16, 16, D="H", softplus=False)
+    tensors = inputs(case, device, torch.float32)
+    tensors[1] = torch.randn(1, 40, 2, device=device)
+    tensors = [t.requires_grad_() if t is not None and t.is_floating_point() else t for t in tensors]
+    leaves = wide(*tensors)
+    y, _ = run(case, tensors)
+    y_ref, _ = reference.ssd_scan(*leaves, False, case.dt_limit)
+    grad = torch.randn_like(y)
+    y.backward(grad)
+    y_ref.backward(grad.double().cpu())
+    assert_close("y", y, y_ref)
+    assert_close("ddt", tensors[1].grad, leaves[1].grad)
+
+
 @pytest.mark.parametrize("seq_dtype", [torch.int32, torch.int64], ids=str)
 def test_packed_sequences_match_separate_ones(seq_dtype, device):
     case = Case(1, 90, 4, 16, 16, G=2, D="H", z=True)

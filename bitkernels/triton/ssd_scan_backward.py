@@ -329,7 +329,9 @@ class BackwardPlan:
         dz = None if z is None else fresh(z.shape, x.dtype)
         h, dh = fresh(self.state_shape, x.dtype), fresh(self.state_shape, x.dtype)
         dCB = fresh(self.pair_shape)
-        dBC = fresh((2, self.out_splits, *B.shape), B.dtype if self.out_splits == 1 else torch.float32)
+        # Outputs share no memory, as torch requires of operators.
+        splits = self.out_splits
+        dB, dC = (fresh((splits, *B.shape), B.dtype if splits == 1 else torch.float32) for _ in range(2))
         # Zeros, as blocks past the end of their chunk add nothing.
         sums = torch.zeros(self.chunks.blocks, dt.shape[2], self.head_sums, dtype=torch.float32, device=x.device)
         last = dinitial if self.chunks.whole else None
@@ -339,12 +341,12 @@ class BackwardPlan:
             self.gradients[count](
                 dy, x, B, C, D, z, dt, A, dt_bias, *decays, seq_idx, h, dh, dx, dz, ddt, dCB, sums, *table, first_block
             )
-            self.groups[count](dy, x, B, C, z, *decays, seq_idx, h, dh, dCB, dBC, *table, first_block)
-        dB, dC = dBC[:, 0] if self.out_splits == 1 else dBC.sum(1).to(B.dtype)
-        sums = sums.sum(0)
-        dD = None if D is None else sums[:, 2] if D.dim() == 1 else sums[:, 2:]
-        ddt_bias = None if dt_bias is None else sums[:, 1]
-        given = dx, ddt, sums[:, 0], dB, dC, dD, dz, ddt_bias, dinitial
+            self.groups[count](dy, x, B, C, z, *decays, seq_idx, h, dh, dCB, dB, dC, *table, first_block)
+        dB, dC = (t[0] if splits == 1 else t.sum(0).to(B.dtype) for t in (dB, dC))
+        dA = sums[..., 0].sum(0)
+        ddt_bias = None if dt_bias is None else sums[..., 1].sum(0)
+        dD = None if D is None else sums[..., 2:].sum(0).view(D.shape)
+        given = dx, ddt, dA, dB, dC, dD, dz, ddt_bias, dinitial
         return tuple(fresh(0) if t is None else t for t in given)
 
 
