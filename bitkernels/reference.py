@@ -287,11 +287,19 @@ def causal_conv1d(
     x: Tensor,  # [B, T, C]
     weight: Tensor,  # [C, W]
     bias: Tensor | None = None,  # [C]
-    initial_state: Tensor | None = None,  # [B, W - 1, C], the inputs before t = 0, oldest first
+    initial_state: Tensor | None = None,  # [B, W - 1, C] the inputs before t = 0, oldest first; S for B with cu_seqlens
     seq_idx: Tensor | None = None,  # int [B, T]: inputs of another sequence count as zero
+    cu_seqlens: Tensor | None = None,  # int [S + 1]: S sequences packed into a batch of one
     activation: str | None = "silu",
 ) -> Tensor:
     """Depthwise causal convolution over time: ``y_t = sum_w weight[:, w] x_{t - W + 1 + w} + bias``."""
+    if cu_seqlens is not None:
+        ys = []
+        for s, (begin, end) in enumerate(zip(cu_seqlens.tolist(), cu_seqlens.tolist()[1:], strict=False)):
+            initial = None if initial_state is None else initial_state[s : s + 1]
+            ids = None if seq_idx is None else seq_idx[:, begin:end]
+            ys.append(causal_conv1d(x[:, begin:end], weight, bias, initial, ids, None, activation))
+        return torch.cat(ys, 1)
     batch, time, channels = x.shape
     width = weight.shape[1]
     history = x.new_zeros(batch, width - 1, channels) if initial_state is None else initial_state.to(x.dtype)
@@ -318,7 +326,7 @@ def causal_conv1d_step(
     activation: str | None = "silu",
 ) -> Tensor:
     """One token of ``causal_conv1d``: shifts ``conv_state`` and returns y [B, C]."""
-    y = causal_conv1d(x[:, None], weight, bias, conv_state, None, activation)[:, 0]
+    y = causal_conv1d(x[:, None], weight, bias, conv_state, None, None, activation)[:, 0]
     conv_state.copy_(torch.cat([conv_state[:, 1:], x[:, None].to(conv_state.dtype)], 1))
     return y
 

@@ -51,10 +51,10 @@ STABLE_TORCH_LIBRARY(bitkernels, m) {
 
   m.def(
       "causal_conv1d(Tensor x, Tensor weight, Tensor? bias=None, Tensor? initial_state=None, "
-      "Tensor? seq_idx=None, bool silu=True) -> Tensor");
+      "Tensor? seq_idx=None, Tensor? cu_seqlens=None, bool silu=True) -> Tensor");
   m.def(
       "causal_conv1d_backward(Tensor dy, Tensor x, Tensor weight, Tensor? bias=None, "
-      "Tensor? initial_state=None, Tensor? seq_idx=None, bool silu=True) -> "
+      "Tensor? initial_state=None, Tensor? seq_idx=None, Tensor? cu_seqlens=None, bool silu=True) -> "
       "(Tensor dx, Tensor dweight, Tensor dbias, Tensor dinitial_state)");
   m.def(
       "causal_conv1d_step(Tensor(a!) conv_state, Tensor x, Tensor weight, Tensor? bias=None, "

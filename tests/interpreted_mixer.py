@@ -215,15 +215,15 @@ def test_conv(case):
     initial = torch.randn(2, width - 1, channels).to(dtype) if "initial_state" in given else None
     tensors = (x, weight, bias, initial)
     leaves = [None if t is None else t.double().requires_grad_() for t in tensors]
-    y = conv.causal_conv1d(*tensors, seq_idx, silu)
-    y_ref = reference.causal_conv1d(*leaves, seq_idx, "silu" if silu else None)
+    y = conv.causal_conv1d(*tensors, seq_idx, None, silu)
+    y_ref = reference.causal_conv1d(*leaves, seq_idx, None, "silu" if silu else None)
     assert_close("y", y, y_ref)
 
     dy = torch.randn(2, channels, T).to(dtype).mT
     y_ref.backward(dy.double())
     for name, t, leaf, grad in zip(
         ("x", "weight", "bias", "initial_state"), tensors, leaves,
-        conv.causal_conv1d_backward(dy, *tensors, seq_idx, silu), strict=True,
+        conv.causal_conv1d_backward(dy, *tensors, seq_idx, None, silu), strict=True,
     ):  # fmt: skip
         if t is None:
             assert grad.numel() == 0

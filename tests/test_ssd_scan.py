@@ -303,6 +303,29 @@ def test_dt_in_the_dtype_of_x(device):
     assert tensors[1].grad.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("state_dtype", DTYPES, ids=str)
+def test_state_dtype(state_dtype, device):
+    """Of the initial states as of the final ones; what is given back is rounded once, at the end."""
+    case = CASES[8]
+    tensors = inputs(case, device, torch.float32)
+    tensors[8] = tensors[8].to(state_dtype).requires_grad_()
+    options = {"dt_softplus": True, "return_final_states": True, "state_dtype": state_dtype}
+    y, final_states = bitkernels.ssd_scan(**dict(zip(NAMES, tensors, strict=True)), **options)
+    y_wide, final_wide = run(case, [*tensors[:8], tensors[8].detach().float(), *tensors[9:]])
+    assert y.dtype == torch.float32
+    assert final_states.dtype == state_dtype
+    assert_close("y", y, y_wide.double())
+    assert_close("final_states", final_states, final_wide.double())
+    final_states.sum().backward()
+    assert tensors[8].grad.dtype == state_dtype
+
+
+def test_bad_state_dtype():
+    tensors = inputs(CASES[1], "cpu", torch.float32)
+    with pytest.raises(ValueError, match="ssd_scan: state_dtype must be a floating dtype, got torch.int32"):
+        bitkernels.ssd_scan(*tensors[:5], state_dtype=torch.int32)
+
+
 def test_returns_y_alone_by_default(device):
     case = CASES[2]
     x, dt, A, B, C, D, _, dt_bias = inputs(case, device, torch.float32)[:8]
