@@ -337,3 +337,32 @@ def gated_rms_norm(x: Tensor, z: Tensor, weight: Tensor, eps: float = 1e-5, grou
     groups = x.unflatten(-1, (-1, group_size or x.shape[-1]))
     groups = groups * torch.rsqrt(groups.square().mean(-1, keepdim=True) + eps)
     return groups.flatten(-2) * weight
+
+
+def mamba2_mixer(
+    zxbcdt: Tensor,  # [B, T, H P + (H P + 2 G N) + H]
+    conv_weight: Tensor,  # [H P + 2 G N, W]
+    conv_bias: Tensor | None,  # [H P + 2 G N]
+    dt_bias: Tensor,  # [H]
+    A: Tensor,  # [H], negative
+    D: Tensor | None,  # [H] or [H, P]
+    norm_weight: Tensor,  # [H P]
+    initial_conv_state: Tensor | None = None,  # [S, W - 1, H P + 2 G N]
+    initial_states: Tensor | None = None,  # [S, H, P, N]
+    seq_idx: Tensor | None = None,  # int [B, T]
+    cu_seqlens: Tensor | None = None,  # int [S + 1]
+    ngroups: int = 1,
+    dt_limit: tuple[float, float] = (0.0, math.inf),
+    norm_eps: float = 1e-5,
+    norm_group_size: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """A Mamba-2 block between its projections: returns y [B, T, H P] and the final states."""
+    heads, width, channels = A.shape[0], norm_weight.shape[0], conv_weight.shape[0]
+    z, xbc, dt = zxbcdt.split([width, channels, heads], -1)
+    xbc = causal_conv1d(xbc, conv_weight, conv_bias, initial_conv_state, seq_idx, cu_seqlens)
+    x, B, C = xbc.split([width, (channels - width) // 2, (channels - width) // 2], -1)
+    B, C = (t.unflatten(-1, (ngroups, -1)) for t in (B, C))
+    y, final_states = ssd_scan(
+        x.unflatten(-1, (heads, -1)), dt, A, B, C, D, None, dt_bias, initial_states, seq_idx, cu_seqlens, True, dt_limit
+    )
+    return gated_rms_norm(y.flatten(2), z, norm_weight, norm_eps, norm_group_size), final_states

@@ -64,4 +64,20 @@ STABLE_TORCH_LIBRARY(bitkernels, m) {
   m.def(
       "gated_rms_norm_backward(Tensor dy, Tensor x, Tensor z, Tensor weight, float eps=1e-05, "
       "SymInt? group_size=None) -> (Tensor dx, Tensor dz, Tensor dweight)");
+
+  m.def(
+      "mamba2_mixer(Tensor zxbcdt, Tensor conv_weight, Tensor? conv_bias, Tensor dt_bias, Tensor A, Tensor? D, "
+      "Tensor norm_weight, Tensor? initial_conv_state=None, Tensor? initial_states=None, Tensor? seq_idx=None, "
+      "Tensor? cu_seqlens=None, int ngroups=1, int chunk_size=64, float dt_min=0.0, float? dt_max=None, float "
+      "norm_eps=1e-05, "
+      "SymInt? norm_group_size=None) -> (Tensor y, Tensor final_states)");
+  m.def(
+      "mamba2_mixer_backward(Tensor dy, Tensor? dfinal_states, Tensor zxbcdt, Tensor conv_weight, "
+      "Tensor? conv_bias, Tensor dt_bias, Tensor A, Tensor? D, Tensor norm_weight, "
+      "Tensor? initial_conv_state=None, Tensor? initial_states=None, Tensor? seq_idx=None, "
+      "Tensor? cu_seqlens=None, int ngroups=1, int chunk_size=64, float dt_min=0.0, float? dt_max=None, float "
+      "norm_eps=1e-05, "
+      "SymInt? norm_group_size=None) -> (Tensor dzxbcdt, Tensor dconv_weight, Tensor dconv_bias, "
+      "Tensor ddt_bias, Tensor dA, Tensor dD, Tensor dnorm_weight, Tensor dinitial_conv_state, "
+      "Tensor dinitial_states)");
 }

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bitkernels import causal_conv1d, causal_conv1d_step, gated_rms_norm, ssd_scan, ssd_step
+from bitkernels import causal_conv1d_step, gated_rms_norm, mamba2_mixer, ssd_step
 from bitkernels.models.config import BiMambaConfig
 from bitkernels.nn import BitLinear, FBILinear
 
@@ -114,17 +114,17 @@ class Mixer(nn.Module):
         conv_state: Tensor | None = None,  # [B, d_conv - 1, channels], updated in place
         ssm_state: Tensor | None = None,  # [B, H, P, N], updated in place
     ) -> Tensor:
-        z, xbc, dt = self._split(self.in_proj(hidden))
-        weight, bias = self.conv_weight.to(xbc.dtype), self.conv_bias.to(xbc.dtype)
-        x, B, C = self._split_conv(causal_conv1d(xbc, weight, bias, conv_state, seq_idx))
-        y, final = ssd_scan(
-            x, dt, self.A, B, C, chunk_size=self.config.chunk_size, D=self.D, dt_bias=self.dt_bias,
-            initial_states=ssm_state, seq_idx=seq_idx, dt_softplus=True, return_final_states=True,
+        projected = self.in_proj(hidden)
+        dtype = projected.dtype
+        y, final = mamba2_mixer(
+            projected, self.conv_weight.to(dtype), self.conv_bias.to(dtype), self.dt_bias, self.A, self.D,
+            self.norm_weight.to(dtype), conv_state, ssm_state, seq_idx, ngroups=self.config.ngroups,
+            chunk_size=self.config.chunk_size, norm_eps=self.config.norm_eps, return_final_states=True,
         )  # fmt: skip
         if conv_state is not None:
+            xbc = self._split(projected)[1]
             conv_state.copy_(torch.cat([conv_state, xbc.to(conv_state.dtype)], 1)[:, xbc.shape[1] :])
             ssm_state.copy_(final)
-        y = gated_rms_norm(y.flatten(-2), z, self.norm_weight.to(z.dtype), self.config.norm_eps)
         return self.out_proj(y)
 
     def step(self, hidden: Tensor, conv_state: Tensor, ssm_state: Tensor) -> Tensor:
