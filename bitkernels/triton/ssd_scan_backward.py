@@ -22,6 +22,7 @@ from bitkernels.triton.launch import Launch, layout, planned
 from bitkernels.triton.mixer_arguments import check_floating, check_like, check_scan
 from bitkernels.triton.ssd_group_gradients import plan_group_gradients
 from bitkernels.triton.ssd_states import (
+    SLOTS,
     Decays,
     block_span,
     chunk_table,
@@ -40,8 +41,8 @@ from bitkernels.triton.ssd_states import (
 )
 from bitkernels.triton.ssd_walk import EnterChunks, plan_walk, walk_heads
 
-# Programs worth having before one takes several heads.
-MIN_PROGRAMS = 528
+# Two rounds of programs: heads are spread no further.
+MAX_PROGRAMS = 2 * SLOTS
 # Of h and dh, together.
 STATE_BYTES = 2**28
 # Loads ahead would leave shared memory for one program a multiprocessor.
@@ -49,9 +50,13 @@ STAGES = 1
 
 
 def head_splits(programs: int, heads: int) -> int:
-    """Over how many programs to spread the heads of a group."""
-    splits = min(heads, cdiv(MIN_PROGRAMS, programs))
-    return cdiv(heads, cdiv(heads, splits))
+    """Over how many programs to spread the heads of a group: as few as take the least time, since each leaves a sum."""
+
+    def time(splits: int) -> int:
+        """In heads: what a program goes through in each round."""
+        return cdiv(programs * splits, SLOTS) * cdiv(heads, splits)
+
+    return min(range(1, min(heads, cdiv(MAX_PROGRAMS, programs)) + 1), key=time)
 
 
 @triton.jit
