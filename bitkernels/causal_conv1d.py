@@ -19,6 +19,7 @@ def causal_conv1d(
     bias: Tensor | None = None,
     initial_state: Tensor | None = None,
     seq_idx: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     activation: str | None = "silu",
 ) -> Tensor:
     """Depthwise causal convolution over time: ``y_t = act(sum_w weight[:, w] x_{t - W + 1 + w} + bias)``.
@@ -28,9 +29,12 @@ def causal_conv1d(
             tensor: only its last axis has to be dense to be read in place.
         weight: [C, W], any floating dtype.
         bias: [C], optional.
-        initial_state: [B, W - 1, C], the inputs before t = 0, oldest first; zero if not given.
+        initial_state: [B, W - 1, C] ([S, W - 1, C] with cu_seqlens), the inputs before t = 0, oldest
+            first; zero if not given.
         seq_idx: int32 or int64 [B, T]; inputs of another sequence count as zero. The initial state
             belongs to the sequence at t = 0.
+        cu_seqlens: int32 or int64 [S + 1], from 0 to T: x holds S sequences, one after another, in a
+            batch of one.
         activation: ``"silu"`` (also spelled ``"swish"``) or None.
 
     Returns:
@@ -40,7 +44,7 @@ def causal_conv1d(
         ValueError: an argument's dtype, shape or device does not fit; the message names it.
     """
     silu = _is_silu("causal_conv1d", activation)
-    return torch.ops.bitkernels.causal_conv1d(x, weight, bias, initial_state, seq_idx, silu)
+    return torch.ops.bitkernels.causal_conv1d(x, weight, bias, initial_state, seq_idx, cu_seqlens, silu)
 
 
 def causal_conv1d_step(
@@ -67,13 +71,13 @@ def causal_conv1d_step(
 
 
 @torch.library.register_fake("bitkernels::causal_conv1d")
-def _(x, weight, bias=None, initial_state=None, seq_idx=None, silu=True):
+def _(x, weight, bias=None, initial_state=None, seq_idx=None, cu_seqlens=None, silu=True):
     torch._check(x.dim() == 3, lambda: f"causal_conv1d: x must be [B, T, C], got {list(x.shape)}")
     return x.new_empty(x.shape)
 
 
 @torch.library.register_fake("bitkernels::causal_conv1d_backward")
-def _(dy, x, weight, bias=None, initial_state=None, seq_idx=None, silu=True):
+def _(dy, x, weight, bias=None, initial_state=None, seq_idx=None, cu_seqlens=None, silu=True):
     acc = acc_dtype(x.dtype)
     none = x.new_empty(0, dtype=acc)
     return (
@@ -91,15 +95,15 @@ def _(conv_state, x, weight, bias=None, silu=True):
 
 
 def _setup_context(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:5])
-    ctx.silu = inputs[5]
+    ctx.save_for_backward(*inputs[:6])
+    ctx.silu = inputs[6]
 
 
 def _backward(ctx, dy):
     tensors = ctx.saved_tensors
     grads = torch.ops.bitkernels.causal_conv1d_backward(dy, *tensors, ctx.silu)
     needed = zip(grads, tensors, ctx.needs_input_grad, strict=False)
-    return *(g.to(t.dtype) if need else None for g, t, need in needed), None, None
+    return *(g.to(t.dtype) if need else None for g, t, need in needed), None, None, None
 
 
 torch.library.register_autograd("bitkernels::causal_conv1d", _backward, setup_context=_setup_context)

@@ -287,11 +287,19 @@ def causal_conv1d(
     x: Tensor,  # [B, T, C]
     weight: Tensor,  # [C, W]
     bias: Tensor | None = None,  # [C]
-    initial_state: Tensor | None = None,  # [B, W - 1, C], the inputs before t = 0, oldest first
+    initial_state: Tensor | None = None,  # [B, W - 1, C] the inputs before t = 0, oldest first; S for B with cu_seqlens
     seq_idx: Tensor | None = None,  # int [B, T]: inputs of another sequence count as zero
+    cu_seqlens: Tensor | None = None,  # int [S + 1]: S sequences packed into a batch of one
     activation: str | None = "silu",
 ) -> Tensor:
     """Depthwise causal convolution over time: ``y_t = sum_w weight[:, w] x_{t - W + 1 + w} + bias``."""
+    if cu_seqlens is not None:
+        ys = []
+        for s, (begin, end) in enumerate(zip(cu_seqlens.tolist(), cu_seqlens.tolist()[1:], strict=False)):
+            initial = None if initial_state is None else initial_state[s : s + 1]
+            ids = None if seq_idx is None else seq_idx[:, begin:end]
+            ys.append(causal_conv1d(x[:, begin:end], weight, bias, initial, ids, None, activation))
+        return torch.cat(ys, 1)
     batch, time, channels = x.shape
     width = weight.shape[1]
     history = x.new_zeros(batch, width - 1, channels) if initial_state is None else initial_state.to(x.dtype)
@@ -318,7 +326,7 @@ def causal_conv1d_step(
     activation: str | None = "silu",
 ) -> Tensor:
     """One token of ``causal_conv1d``: shifts ``conv_state`` and returns y [B, C]."""
-    y = causal_conv1d(x[:, None], weight, bias, conv_state, None, activation)[:, 0]
+    y = causal_conv1d(x[:, None], weight, bias, conv_state, None, None, activation)[:, 0]
     conv_state.copy_(torch.cat([conv_state[:, 1:], x[:, None].to(conv_state.dtype)], 1))
     return y
 
@@ -351,3 +359,32 @@ def distill_loss(
     p = log_p.exp()
     terms = p * (log_p - log_q) if objective == "kl" else -p * log_q
     return terms.where(p > 0, 0.0).sum(-1).mean()  # 0 log 0 = 0
+
+
+def mamba2_mixer(
+    zxbcdt: Tensor,  # [B, T, H P + (H P + 2 G N) + H]
+    conv_weight: Tensor,  # [H P + 2 G N, W]
+    conv_bias: Tensor | None,  # [H P + 2 G N]
+    dt_bias: Tensor,  # [H]
+    A: Tensor,  # [H], negative
+    D: Tensor | None,  # [H] or [H, P]
+    norm_weight: Tensor,  # [H P]
+    initial_conv_state: Tensor | None = None,  # [S, W - 1, H P + 2 G N]
+    initial_states: Tensor | None = None,  # [S, H, P, N]
+    seq_idx: Tensor | None = None,  # int [B, T]
+    cu_seqlens: Tensor | None = None,  # int [S + 1]
+    ngroups: int = 1,
+    dt_limit: tuple[float, float] = (0.0, math.inf),
+    norm_eps: float = 1e-5,
+    norm_group_size: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """A Mamba-2 block between its projections: returns y [B, T, H P] and the final states."""
+    heads, width, channels = A.shape[0], norm_weight.shape[0], conv_weight.shape[0]
+    z, xbc, dt = zxbcdt.split([width, channels, heads], -1)
+    xbc = causal_conv1d(xbc, conv_weight, conv_bias, initial_conv_state, seq_idx, cu_seqlens)
+    x, B, C = xbc.split([width, (channels - width) // 2, (channels - width) // 2], -1)
+    B, C = (t.unflatten(-1, (ngroups, -1)) for t in (B, C))
+    y, final_states = ssd_scan(
+        x.unflatten(-1, (heads, -1)), dt, A, B, C, D, None, dt_bias, initial_states, seq_idx, cu_seqlens, True, dt_limit
+    )
+    return gated_rms_norm(y.flatten(2), z, norm_weight, norm_eps, norm_group_size), final_states

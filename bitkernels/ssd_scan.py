@@ -24,6 +24,7 @@ def ssd_scan(
     dt_softplus: bool = False,
     dt_limit: tuple[float, float] = (0.0, math.inf),
     return_final_states: bool = False,
+    state_dtype: torch.dtype | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The SSD scan of Mamba-2 (Dao and Gu, 2024), with the arguments of ``mamba_chunk_scan_combined``.
 
@@ -43,27 +44,31 @@ def ssd_scan(
         D: [H] or [H, P], the skip connection; optional.
         z: [B, T, H, P] in x's dtype, the gate; optional.
         dt_bias: [H], optional.
-        initial_states: [B, H, P, N] ([S, H, P, N] with cu_seqlens), zero if not given.
+        initial_states: [B, H, P, N] ([S, H, P, N] with cu_seqlens), any floating dtype; zero if not given.
         seq_idx: int32 or int64 [B, T]; the state restarts from zero where it changes.
         cu_seqlens: int32 or int64 [S + 1], from 0 to T: x holds S sequences, one after another, in a
             batch of one.
         dt_softplus: whether softplus is applied to dt.
         dt_limit: range dt is clamped to, at last.
         return_final_states: whether to return the states after the last token too.
+        state_dtype: the floating dtype of the final states, float32 (float64 where x is) if not given;
+            16-bit ones are rounded to nearest, at the end alone.
 
     Returns:
-        y [B, T, H, P] in x's dtype, or (y, final states): float32 [B, H, P, N], or [S, H, P, N] with
+        y [B, T, H, P] in x's dtype, or (y, final states): [B, H, P, N] in state_dtype, or [S, H, P, N] with
         cu_seqlens. Differentiable in every floating-point argument, through the final states too.
 
     Raises:
         ValueError: an argument's dtype, shape or device does not fit; the message names it.
     """
+    if not (state_dtype is None or state_dtype.is_floating_point):
+        raise ValueError(f"ssd_scan: state_dtype must be a floating dtype, got {state_dtype}")
     dt_min, dt_max = dt_limit
     y, final_states = torch.ops.bitkernels.ssd_scan(
         x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, cu_seqlens, dt_softplus, dt_min,
         None if dt_max == math.inf else dt_max, chunk_size,
     )  # fmt: skip
-    return (y, final_states) if return_final_states else y
+    return (y, final_states.to(state_dtype or final_states.dtype)) if return_final_states else y
 
 
 def acc_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <limits>
+#include <vector>
 
 #include "mixer_kernels.h"
 #include "op.h"
@@ -67,6 +68,37 @@ inline double limit_of(const char* op, double dt_min, std::optional<double> dt_m
   const double high = dt_max.value_or(std::numeric_limits<double>::infinity());
   check_argument(dt_min <= high, op, ": dt_limit must be increasing, got (", dt_min, ", ", high, ")");
   return high;
+}
+
+// The rows of x [B, T, ...], or the sequences packed into its only row; chunks_of tells how many a length has.
+inline std::vector<cpu::Sequence> sequences(const char* op, const Tensor& x, const std::optional<Tensor>& cu_seqlens,
+                                            int64_t (*chunks_of)(int64_t)) {
+  const int64_t batch = x.size(0), time = x.size(1);
+  std::vector<cpu::Sequence> out;
+  int64_t chunk = 0;
+  auto add = [&](int64_t row, int64_t begin, int64_t length) {
+    out.push_back({row, begin, length, chunk});
+    chunk += chunks_of(length);
+  };
+  if (!cu_seqlens) {
+    for (int64_t b = 0; b < batch; ++b) add(b, 0, time);
+    return out;
+  }
+  check_same_device(op, "cu_seqlens", *cu_seqlens, x);
+  check_integer(op, "cu_seqlens", *cu_seqlens);
+  check_argument(cu_seqlens->dim() == 1 && cu_seqlens->size(0) >= 1, op, ": cu_seqlens must be [S + 1], got ",
+                 shape(*cu_seqlens));
+  check_argument(batch == 1, op, ": x must have a batch of one with cu_seqlens, got ", shape(x));
+  const Tensor ends = as_dtype(*cu_seqlens, ScalarType::Long);
+  const int64_t* end = static_cast<const int64_t*>(ends.const_data_ptr());
+  const int64_t count = ends.size(0) - 1;
+  check_argument(end[0] == 0 && end[count] == time, op, ": cu_seqlens must run from 0 to T = ", time, ", got ", end[0],
+                 " to ", end[count]);
+  for (int64_t s = 0; s < count; ++s) {
+    check_argument(end[s] <= end[s + 1], op, ": cu_seqlens must not decrease, got ", end[s], " before ", end[s + 1]);
+    add(0, end[s], end[s + 1] - end[s]);
+  }
+  return out;
 }
 
 }  // namespace bitkernels

@@ -15,7 +15,7 @@ struct Strided {
   int64_t batch = 0, time = 0, head = 0;
 };
 
-// A run of tokens with one recurrence: a batch row, or one of the sequences packed into a batch of one.
+// A run of tokens with one history: a batch row, or one of the sequences packed into a batch of one.
 struct Sequence {
   int64_t batch, begin, length;
   int64_t first_chunk;  // its chunks are numbered on from here
@@ -79,16 +79,18 @@ struct SsdStep {
 void ssd_step(const SsdStep&, Executor);
 
 struct CausalConv1d {
-  Strided x;               // [B, T, C] dtype
-  const void* weight;      // [C, W] acc
-  const void* bias;        // [C] acc or null
-  const void* initial;     // [B, W - 1, C] dtype or null
-  const int64_t* seq_idx;  // [B, T] or null
-  void* y;                 // [B, T, C] dtype
+  Strided x;                  // [B, T, C] dtype
+  const void* weight;         // [C, W] acc
+  const void* bias;           // [C] acc or null
+  const void* initial;        // [S, W - 1, C] dtype or null
+  const int64_t* seq_idx;     // [B, T] or null
+  void* y;                    // [B, T, C] dtype
+  const Sequence* sequences;  // [S]
   DType dtype;
   bool silu;
-  int64_t batch, T, C, W;
+  int64_t S, T, C, W;
 };
+int64_t causal_conv1d_chunks(int64_t length);
 void causal_conv1d(const CausalConv1d&, Executor);
 
 struct CausalConv1dBackward {
@@ -96,7 +98,7 @@ struct CausalConv1dBackward {
   Strided dy;             // [B, T, C] dtype
   void* dx;               // [B, T, C] dtype
   void *dweight, *dbias;  // [C, W], [C] acc; dbias null without bias
-  void* dinitial;         // [B, W - 1, C] dtype, null without initial
+  void* dinitial;         // [S, W - 1, C] dtype, null without initial
   void* workspace;        // causal_conv1d_backward_workspace() bytes
 };
 int64_t causal_conv1d_backward_workspace(const CausalConv1dBackward&);

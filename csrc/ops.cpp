@@ -51,10 +51,10 @@ STABLE_TORCH_LIBRARY(bitkernels, m) {
 
   m.def(
       "causal_conv1d(Tensor x, Tensor weight, Tensor? bias=None, Tensor? initial_state=None, "
-      "Tensor? seq_idx=None, bool silu=True) -> Tensor");
+      "Tensor? seq_idx=None, Tensor? cu_seqlens=None, bool silu=True) -> Tensor");
   m.def(
       "causal_conv1d_backward(Tensor dy, Tensor x, Tensor weight, Tensor? bias=None, "
-      "Tensor? initial_state=None, Tensor? seq_idx=None, bool silu=True) -> "
+      "Tensor? initial_state=None, Tensor? seq_idx=None, Tensor? cu_seqlens=None, bool silu=True) -> "
       "(Tensor dx, Tensor dweight, Tensor dbias, Tensor dinitial_state)");
   m.def(
       "causal_conv1d_step(Tensor(a!) conv_state, Tensor x, Tensor weight, Tensor? bias=None, "
@@ -70,4 +70,19 @@ STABLE_TORCH_LIBRARY(bitkernels, m) {
       "distill_loss(Tensor hidden, Tensor head, Tensor? teacher_logits=None, Tensor? teacher_hidden=None, "
       "Tensor? teacher_head=None, Tensor? targets=None, str objective='cross_entropy', bool hidden_grad=False, "
       "bool head_grad=False) -> (Tensor loss, Tensor dhidden, Tensor dhead)");
+  m.def(
+      "mamba2_mixer(Tensor zxbcdt, Tensor conv_weight, Tensor? conv_bias, Tensor dt_bias, Tensor A, Tensor? D, "
+      "Tensor norm_weight, Tensor? initial_conv_state=None, Tensor? initial_states=None, Tensor? seq_idx=None, "
+      "Tensor? cu_seqlens=None, int ngroups=1, int chunk_size=64, float dt_min=0.0, float? dt_max=None, float "
+      "norm_eps=1e-05, "
+      "SymInt? norm_group_size=None) -> (Tensor y, Tensor final_states)");
+  m.def(
+      "mamba2_mixer_backward(Tensor dy, Tensor? dfinal_states, Tensor zxbcdt, Tensor conv_weight, "
+      "Tensor? conv_bias, Tensor dt_bias, Tensor A, Tensor? D, Tensor norm_weight, "
+      "Tensor? initial_conv_state=None, Tensor? initial_states=None, Tensor? seq_idx=None, "
+      "Tensor? cu_seqlens=None, int ngroups=1, int chunk_size=64, float dt_min=0.0, float? dt_max=None, float "
+      "norm_eps=1e-05, "
+      "SymInt? norm_group_size=None) -> (Tensor dzxbcdt, Tensor dconv_weight, Tensor dconv_bias, "
+      "Tensor ddt_bias, Tensor dA, Tensor dD, Tensor dnorm_weight, Tensor dinitial_conv_state, "
+      "Tensor dinitial_states)");
 }

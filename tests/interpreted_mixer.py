@@ -109,9 +109,10 @@ def test_scan_16bit(dtype):
         {"P": 3, "N": 5, "H": 3, "G": 1, "B": 1},
         {"limits": (0.1, 0.8), "H": 2, "B": 1},
         {"softplus": False, "limits": (0.05, None), "H": 2, "B": 1},
+        {"softplus": False, "H": 2, "B": 1},
         {"B": 1, "T": 40, "H": 2, "cu_seqlens": [0, 40]},
     ],
-    ids=["one token", "several tiles", "below a tile", "limits", "no softplus", "one sequence"],
+    ids=["one token", "several tiles", "below a tile", "limits", "no softplus", "negative steps", "one sequence"],
 )
 def test_scan_sizes(case):
     check_scan(ALL, **case)
@@ -214,15 +215,15 @@ def test_conv(case):
     initial = torch.randn(2, width - 1, channels).to(dtype) if "initial_state" in given else None
     tensors = (x, weight, bias, initial)
     leaves = [None if t is None else t.double().requires_grad_() for t in tensors]
-    y = conv.causal_conv1d(*tensors, seq_idx, silu)
-    y_ref = reference.causal_conv1d(*leaves, seq_idx, "silu" if silu else None)
+    y = conv.causal_conv1d(*tensors, seq_idx, None, silu)
+    y_ref = reference.causal_conv1d(*leaves, seq_idx, None, "silu" if silu else None)
     assert_close("y", y, y_ref)
 
     dy = torch.randn(2, channels, T).to(dtype).mT
     y_ref.backward(dy.double())
     for name, t, leaf, grad in zip(
         ("x", "weight", "bias", "initial_state"), tensors, leaves,
-        conv.causal_conv1d_backward(dy, *tensors, seq_idx, silu), strict=True,
+        conv.causal_conv1d_backward(dy, *tensors, seq_idx, None, silu), strict=True,
     ):  # fmt: skip
         if t is None:
             assert grad.numel() == 0

@@ -8,7 +8,7 @@ import bitkernels
 from bitkernels import reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-NAMES = ("x", "weight", "bias", "initial_state", "seq_idx")
+NAMES = ("x", "weight", "bias", "initial_state", "seq_idx", "cu_seqlens")
 
 
 @dataclass
@@ -20,10 +20,11 @@ class Case:
     bias: bool = True
     initial: bool = False
     seq_idx: bool = False
+    cu_seqlens: tuple[int, ...] = ()
     activation: str | None = "silu"
 
     def __str__(self):
-        options = "-".join(o for o in ("bias", "initial", "seq_idx") if getattr(self, o))
+        options = "-".join(o for o in ("bias", "initial", "seq_idx", "cu_seqlens") if getattr(self, o))
         return f"B{self.batch}-T{self.T}-C{self.C}-W{self.W}-{options}-{self.activation}"
 
 
@@ -37,6 +38,9 @@ CASES = [
     Case(1, 70, 16, 3, seq_idx=True, activation=None),
     Case(2, 40, 24, 1),
     Case(1, 50, 20, 6, initial=True),
+    Case(1, 100, 70, 4, cu_seqlens=(0, 1, 1, 3, 35, 99, 100)),
+    Case(1, 100, 33, 4, initial=True, cu_seqlens=(0, 0, 2, 31, 64, 100, 100)),
+    Case(1, 70, 12, 3, initial=True, seq_idx=True, cu_seqlens=(0, 30, 70), activation=None),
     Case(0, 5, 8),
     Case(2, 0, 8, initial=True),
 ]
@@ -44,12 +48,14 @@ CASES = [
 
 def inputs(case, device, dtype, requires_grad=False):
     acc = torch.float64 if dtype == torch.float64 else torch.float32
+    sequences = len(case.cu_seqlens) - 1 if case.cu_seqlens else case.batch
     tensors = [
         torch.randn(case.batch, case.T, case.C).to(dtype),
         torch.randn(case.C, case.W).to(acc),
         torch.randn(case.C).to(acc) if case.bias else None,
-        torch.randn(case.batch, case.W - 1, case.C).to(dtype) if case.initial else None,
+        torch.randn(sequences, case.W - 1, case.C).to(dtype) if case.initial else None,
         torch.randint(0, 9, (case.batch, case.T)).sort(1).values.int() if case.seq_idx else None,
+        torch.tensor(case.cu_seqlens, dtype=torch.int32) if case.cu_seqlens else None,
     ]
     tensors = [None if t is None else t.to(device) for t in tensors]
     for t in tensors:
@@ -83,7 +89,7 @@ def test_value_and_gradients(case, dtype, device):
 
 
 def test_weight_in_the_dtype_of_x(device):
-    x, weight, bias, _, _ = inputs(CASES[2], device, torch.bfloat16)
+    x, weight, bias = inputs(CASES[2], device, torch.bfloat16)[:3]
     weight, bias = weight.bfloat16().requires_grad_(), bias.bfloat16().requires_grad_()
     y = bitkernels.causal_conv1d(x, weight, bias)
     assert_close("y", y, reference.causal_conv1d(*wide(x, weight, bias)))
@@ -91,17 +97,19 @@ def test_weight_in_the_dtype_of_x(device):
     assert weight.grad.dtype == bias.grad.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("case", [CASES[1], Case(1, 40, 3, 4, initial=True, seq_idx=True)], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [CASES[1], Case(1, 40, 3, 4, initial=True, seq_idx=True), Case(1, 5, 2, initial=True, cu_seqlens=(0, 2, 2, 5))],
+    ids=str,
+)
 def test_gradcheck(case):
-    x, weight, bias, initial, seq_idx = inputs(case, "cpu", torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(
-        lambda *leaves: bitkernels.causal_conv1d(*leaves, seq_idx), (x, weight, bias, initial)
-    )
+    *leaves, seq_idx, cu_seqlens = inputs(case, "cpu", torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda *leaves: bitkernels.causal_conv1d(*leaves, seq_idx, cu_seqlens), leaves)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_slice_of_a_wider_tensor(dtype, device):
-    x, weight, bias, _, _ = inputs(CASES[5], device, dtype)
+    x, weight, bias = inputs(CASES[5], device, dtype)[:3]
     expected = bitkernels.causal_conv1d(x, weight, bias)
     wider = torch.randn(2, 100, 300, device=device).to(dtype)
     wider[..., 50:180] = x
@@ -119,15 +127,15 @@ def test_expanded_gradient(device):
 
 
 def test_same_bits_every_run(device):
-    x, weight, bias, initial, seq_idx = inputs(CASES[5], device, torch.bfloat16)
-    y = bitkernels.causal_conv1d(x, weight, bias, initial, seq_idx)
-    args = (y, x, weight, bias, initial, seq_idx, True)
+    tensors = inputs(CASES[5], device, torch.bfloat16)
+    y = bitkernels.causal_conv1d(*tensors)
+    args = (y, *tensors, True)
     grads = torch.ops.bitkernels.causal_conv1d_backward(*args)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
         again = torch.ops.bitkernels.causal_conv1d_backward(*args)
-        assert torch.equal(bitkernels.causal_conv1d(x, weight, bias, initial, seq_idx), y)
+        assert torch.equal(bitkernels.causal_conv1d(*tensors), y)
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for a, b in zip(grads, again, strict=True))
@@ -137,7 +145,7 @@ def test_same_bits_every_run(device):
 @pytest.mark.parametrize("W", [1, 2, 4])
 @pytest.mark.parametrize("activation", [None, "silu"])
 def test_steps_equal_the_convolution(W, activation, dtype, device):
-    x, weight, bias, initial, _ = inputs(Case(2, 9, 37, W, initial=True), device, dtype)
+    x, weight, bias, initial = inputs(Case(2, 9, 37, W, initial=True), device, dtype)[:4]
     y = bitkernels.causal_conv1d(x, weight, bias, initial, activation=activation)
     state = initial.clone()
     steps = [bitkernels.causal_conv1d_step(state, x[:, t], weight, bias, activation) for t in range(9)]
@@ -146,7 +154,7 @@ def test_steps_equal_the_convolution(W, activation, dtype, device):
 
 
 def test_step_value(device):
-    x, weight, bias, initial, _ = inputs(Case(3, 1, 40, 4, initial=True), device, torch.float32)
+    x, weight, bias, initial = inputs(Case(3, 1, 40, 4, initial=True), device, torch.float32)[:4]
     state, state_ref = noncontiguous(initial), initial.clone()
     y = bitkernels.causal_conv1d_step(state, noncontiguous(x[:, 0]), weight, bias)
     assert_close("y", y, reference.causal_conv1d_step(state_ref, x[:, 0], weight, bias).double())
@@ -157,7 +165,12 @@ def test_opcheck(device):
     args = inputs(Case(2, 5, 6, 4, initial=True, seq_idx=True), device, torch.float32)
     opcheck(torch.ops.bitkernels.causal_conv1d.default, (*args, True))
     opcheck(torch.ops.bitkernels.causal_conv1d_backward.default, (args[0], *args, True), grad=False)
-    opcheck(torch.ops.bitkernels.causal_conv1d_backward.default, (args[0], *args[:2], None, None, None), grad=False)
+    opcheck(
+        torch.ops.bitkernels.causal_conv1d_backward.default, (args[0], *args[:2], None, None, None, None), grad=False
+    )
+    packed = (*inputs(Case(1, 7, 6, 4, initial=True, cu_seqlens=(0, 3, 7)), device, torch.float32), True)
+    opcheck(torch.ops.bitkernels.causal_conv1d.default, packed)
+    opcheck(torch.ops.bitkernels.causal_conv1d_backward.default, (packed[0], *packed), grad=False)
     opcheck(torch.ops.bitkernels.causal_conv1d_step.default, (args[3], args[0][:, 0], *args[1:3]), grad=False)
 
 
@@ -192,6 +205,8 @@ def test_compile_and_cuda_graph(device):
         ({"initial_state": torch.ones(2, 4, 6)}, r"causal_conv1d: initial_state .*got \[2, 4, 6\]"),
         ({"seq_idx": torch.ones(2, 4, dtype=torch.int32)}, r"causal_conv1d: seq_idx .*got \[2, 4\]"),
         ({"seq_idx": torch.ones(2, 5)}, "causal_conv1d: seq_idx must be int32 or int64, got Float"),
+        ({"cu_seqlens": torch.tensor([0, 5])}, "causal_conv1d: x must have a batch of one with cu_seqlens"),
+        ({"cu_seqlens": torch.ones(2)}, "causal_conv1d: cu_seqlens must be int32 or int64, got Float"),
         ({"activation": "relu"}, "causal_conv1d: activation must be .*'relu'"),
     ],
 )
@@ -203,8 +218,15 @@ def test_bad_input(change, words, device):
 
 
 def test_bad_step_input(device):
-    x, weight, bias, initial, _ = inputs(Case(2, 1, 6, 4, initial=True), device, torch.float32)
+    x, weight, bias, initial = inputs(Case(2, 1, 6, 4, initial=True), device, torch.float32)[:4]
     with pytest.raises(ValueError, match=r"causal_conv1d_step: conv_state .*got \[2, 2, 6\]"):
         bitkernels.causal_conv1d_step(initial[:, 1:], x[:, 0], weight, bias)
     with pytest.raises(ValueError, match=r"causal_conv1d_step: x must be \[B, C\]"):
         bitkernels.causal_conv1d_step(initial, x, weight, bias)
+
+
+@pytest.mark.parametrize("ends", [[0, 4], [1, 9], [0, 5, 3, 9]])
+def test_bad_cu_seqlens(ends):
+    """On a GPU, where reading them would wait for it, they are taken as they are."""
+    with pytest.raises(ValueError, match="causal_conv1d: cu_seqlens must"):
+        bitkernels.causal_conv1d(torch.ones(1, 9, 2), torch.ones(2, 4), cu_seqlens=torch.tensor(ends))

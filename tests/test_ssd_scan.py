@@ -246,6 +246,22 @@ def test_extreme_steps(device):
             assert_close(f"d{name}", t.grad, leaf.grad)
 
 
+def test_negative_steps_are_zero(device):
+    """Without a softplus the limits alone keep step sizes from being negative."""
+    case = Case(1, 40, 2, 16, 16, D="H", softplus=False)
+    tensors = inputs(case, device, torch.float32)
+    tensors[1] = torch.randn(1, 40, 2, device=device)
+    tensors = [t.requires_grad_() if t is not None and t.is_floating_point() else t for t in tensors]
+    leaves = wide(*tensors)
+    y, _ = run(case, tensors)
+    y_ref, _ = reference.ssd_scan(*leaves, False, case.dt_limit)
+    grad = torch.randn_like(y)
+    y.backward(grad)
+    y_ref.backward(grad.double().cpu())
+    assert_close("y", y, y_ref)
+    assert_close("ddt", tensors[1].grad, leaves[1].grad)
+
+
 @pytest.mark.parametrize("seq_dtype", [torch.int32, torch.int64], ids=str)
 def test_packed_sequences_match_separate_ones(seq_dtype, device):
     case = Case(1, 90, 4, 16, 16, G=2, D="H", z=True)
@@ -285,6 +301,29 @@ def test_dt_in_the_dtype_of_x(device):
     assert_close("y", y, run_reference(case, tensors)[0])
     y.sum().backward()
     assert tensors[1].grad.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("state_dtype", DTYPES, ids=str)
+def test_state_dtype(state_dtype, device):
+    """Of the initial states as of the final ones; what is given back is rounded once, at the end."""
+    case = CASES[8]
+    tensors = inputs(case, device, torch.float32)
+    tensors[8] = tensors[8].to(state_dtype).requires_grad_()
+    options = {"dt_softplus": True, "return_final_states": True, "state_dtype": state_dtype}
+    y, final_states = bitkernels.ssd_scan(**dict(zip(NAMES, tensors, strict=True)), **options)
+    y_wide, final_wide = run(case, [*tensors[:8], tensors[8].detach().float(), *tensors[9:]])
+    assert y.dtype == torch.float32
+    assert final_states.dtype == state_dtype
+    assert_close("y", y, y_wide.double())
+    assert_close("final_states", final_states, final_wide.double())
+    final_states.sum().backward()
+    assert tensors[8].grad.dtype == state_dtype
+
+
+def test_bad_state_dtype():
+    tensors = inputs(CASES[1], "cpu", torch.float32)
+    with pytest.raises(ValueError, match="ssd_scan: state_dtype must be a floating dtype, got torch.int32"):
+        bitkernels.ssd_scan(*tensors[:5], state_dtype=torch.int32)
 
 
 def test_returns_y_alone_by_default(device):

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from bitkernels import causal_conv1d, causal_conv1d_step, gated_rms_norm, ssd_scan, ssd_step
+from bitkernels import causal_conv1d_step, gated_rms_norm, mamba2_mixer, ssd_step
 from bitkernels.models.config import BiMambaConfig
 from bitkernels.nn import BitEmbedding, BitLinear, FBILinear
 from bitkernels.nn.convert import empty_packed_
@@ -63,7 +63,6 @@ class Slots(NamedTuple):
 class Packed(NamedTuple):
     """S sequences in one row; the first may continue one that was read before, the others start."""
 
-    seq_idx: Tensor  # int32 [1, T]
     cu_seqlens: Tensor  # int32 [S + 1]
     slots: Tensor  # int64 [S], the states of the cache; those of sequences that start are zero
     # The last W - 1 inputs of the convolution: where in the row they are, or in what was there before.
@@ -79,7 +78,6 @@ class Packed(NamedTuple):
         # Of W - 1 + length inputs the last W - 1.
         offset = torch.arange(width) + counts[:, None]
         host = cls(
-            torch.arange(len(lengths), dtype=torch.int32).repeat_interleave(counts)[None],
             F.pad(ends, (1, 0)).int(),
             torch.tensor(slots),
             (offset - width + (ends - counts)[:, None]).clamp(min=0),
@@ -176,26 +174,26 @@ class Mixer(nn.Module):
         ssm_state: Tensor | None = None,  # [B, H, P, N], updated in place
         packed: Packed | None = None,  # several sequences in a batch of one; states are those of all slots
     ) -> Tensor:
-        z, xbc, dt = self._split(self.in_proj(hidden))
-        weight, bias = self.conv_weight.to(xbc.dtype), self.conv_bias.to(xbc.dtype)
+        projected = self.in_proj(hidden)
+        dtype = projected.dtype
         initial_conv, initial_ssm, cu_seqlens = conv_state, ssm_state, None
         if packed is not None:
-            windows, initial_ssm = conv_state[packed.slots], ssm_state[packed.slots]
-            initial_conv, seq_idx, cu_seqlens = windows[:1], packed.seq_idx, packed.cu_seqlens
-        x, B, C = self._split_conv(causal_conv1d(xbc, weight, bias, initial_conv, seq_idx))
-        y, final = ssd_scan(
-            x, dt, self.A, B, C, chunk_size=self.config.chunk_size, D=self.D, dt_bias=self.dt_bias,
-            initial_states=initial_ssm, seq_idx=None if packed else seq_idx, cu_seqlens=cu_seqlens, dt_softplus=True,
-            return_final_states=True,
+            initial_conv, initial_ssm = conv_state[packed.slots], ssm_state[packed.slots]
+            cu_seqlens = packed.cu_seqlens
+        y, final = mamba2_mixer(
+            projected, self.conv_weight.to(dtype), self.conv_bias.to(dtype), self.dt_bias, self.A, self.D,
+            self.norm_weight.to(dtype), initial_conv, initial_ssm, seq_idx, cu_seqlens, self.config.ngroups,
+            self.config.chunk_size, norm_eps=self.config.norm_eps, return_final_states=True,
         )  # fmt: skip
         if packed is not None:
-            conv_state[packed.slots] = packed.conv_states(windows, xbc)
+            xbc = self._split(projected)[1]
+            conv_state[packed.slots] = packed.conv_states(initial_conv, xbc)
             ssm_state[packed.slots] = final.to(ssm_state.dtype)
         elif conv_state is not None:
+            xbc = self._split(projected)[1]
             read = xbc[:, max(0, xbc.shape[1] - conv_state.shape[1]) :].to(conv_state.dtype)
             conv_state.copy_(torch.cat([conv_state, read], 1)[:, read.shape[1] :])
             ssm_state.copy_(final)
-        y = gated_rms_norm(y.flatten(-2), z, self.norm_weight.to(z.dtype), self.config.norm_eps)
         return self.out_proj(y)
 
     def step(self, hidden: Tensor, conv_state: Tensor, ssm_state: Tensor, slots: Slots | None = None) -> Tensor:

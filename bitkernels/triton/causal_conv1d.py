@@ -2,6 +2,7 @@
 
 A program takes a tile of tokens and channels and reads it once per tap; the repeated reads are of the same cache lines.
 The backward recomputes the convolution where SiLU needs it, at the tokens of the tile and at those its taps reach.
+Tiles belong to one sequence each, and kernels count tokens from its start.
 """
 
 import torch
@@ -19,6 +20,7 @@ from bitkernels.triton.mixer_arguments import (
     check_rank,
     check_taps,
 )
+from bitkernels.triton.ssd_states import Chunks, chunk_table
 
 BLOCK_T = 32
 BLOCK_C = 128
@@ -80,13 +82,30 @@ def convolve(
     return y
 
 
+@triton.jit
+def tile_span(T, p_cu_seqlens, p_sequence, p_first):
+    """Batch row, first token and length of the program's sequence, its number, and which of its tiles this is."""
+    i_tile = tl.program_id(0).to(tl.int64)
+    if p_cu_seqlens is None:
+        i_b = tl.program_id(2).to(tl.int64)
+        return i_b, i_b * 0, T.to(tl.int64), i_b, i_tile
+    else:
+        i_seq = tl.load(p_sequence + i_tile)
+        begin = tl.maximum(tl.load(p_cu_seqlens + i_seq).to(tl.int64), 0)
+        end = tl.minimum(tl.load(p_cu_seqlens + i_seq + 1).to(tl.int64), T)
+        return i_seq * 0, begin, end - begin, i_seq, i_tile - tl.load(p_first + i_seq)
+
+
 @triton.jit(do_not_specialize=["T"])
 def causal_conv1d_kernel(
     p_x,  # [B, T, C]
     p_weight,  # [C, WIDTH]
     p_bias,  # [C] or None
-    p_initial,  # [B, WIDTH - 1, C] or None
+    p_initial,  # [S, WIDTH - 1, C] or None
     p_seq_idx,  # [B, T] or None
+    p_cu_seqlens,  # [S + 1] or None
+    p_sequence,  # [tiles] the sequence of each tile, or None
+    p_first,  # [S + 1] the first tile of each sequence, or None
     p_y,  # [B, T, C] contiguous
     T,
     C,
@@ -106,22 +125,23 @@ def causal_conv1d_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    i_b = tl.program_id(2).to(tl.int64)
-    o_t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    i_b, first, length, i_seq, i_tile = tile_span(T, p_cu_seqlens, p_sequence, p_first)
+    o_t = i_tile * BLOCK_T + tl.arange(0, BLOCK_T)
     o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     m_c = o_c < C
+    p_x += i_b * stride_x_b + first * stride_x_t
     if p_initial is not None:
-        p_initial += i_b * stride_i_b
+        p_initial += i_seq * stride_i_b
     if p_seq_idx is not None:
-        p_seq_idx += i_b * stride_seq_b
+        p_seq_idx += i_b * stride_seq_b + first * stride_seq_t
     y = convolve(
-        p_x + i_b * stride_x_b, p_weight, p_bias, p_initial, p_seq_idx, o_t, o_c, m_c, T, stride_x_t, stride_x_c,
-        stride_w_c, stride_w_w, stride_bias_c, stride_i_w, stride_i_c, stride_seq_t, WIDTH, BLOCK_T, BLOCK_C,
+        p_x, p_weight, p_bias, p_initial, p_seq_idx, o_t, o_c, m_c, length, stride_x_t, stride_x_c, stride_w_c,
+        stride_w_w, stride_bias_c, stride_i_w, stride_i_c, stride_seq_t, WIDTH, BLOCK_T, BLOCK_C,
     )  # fmt: skip
     if SILU:
         y = silu(y)
-    o_y = (i_b * T + o_t)[:, None] * C + o_c[None, :]
-    tl.store(p_y + o_y, y.to(p_y.dtype.element_ty), mask=(o_t < T)[:, None] & m_c[None, :])
+    o_y = (i_b * T + first + o_t)[:, None] * C + o_c[None, :]
+    tl.store(p_y + o_y, y.to(p_y.dtype.element_ty), mask=(o_t < length)[:, None] & m_c[None, :])
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -130,12 +150,15 @@ def causal_conv1d_backward_kernel(
     p_x,  # [B, T, C]
     p_weight,  # [C, WIDTH]
     p_bias,  # [C] or None
-    p_initial,  # [B, WIDTH - 1, C] or None
+    p_initial,  # [S, WIDTH - 1, C] or None
     p_seq_idx,  # [B, T] or None
+    p_cu_seqlens,  # [S + 1] or None
+    p_sequence,  # [tiles] the sequence of each tile, or None
+    p_first,  # [S + 1] the first tile of each sequence, or None
     p_dx,  # [B, T, C] contiguous
-    p_dweight,  # [B * time tiles, WIDTH, C] float32
-    p_dbias,  # [B * time tiles, C] float32, or None
-    p_dinitial,  # [B, WIDTH - 1, C] contiguous, or None
+    p_dweight,  # [tiles of all rows, WIDTH, C] float32
+    p_dbias,  # [tiles of all rows, C] float32, or None
+    p_dinitial,  # [S, WIDTH - 1, C] contiguous, or None
     T,
     C,
     stride_dy_b,
@@ -157,23 +180,23 @@ def causal_conv1d_backward_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    i_b = tl.program_id(2).to(tl.int64)
-    i_row = i_b * tl.num_programs(0) + tl.program_id(0)
-    o_t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    i_b, first, length, i_seq, i_tile = tile_span(T, p_cu_seqlens, p_sequence, p_first)
+    i_row = tl.program_id(2).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+    o_t = i_tile * BLOCK_T + tl.arange(0, BLOCK_T)
     o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     m_c = o_c < C
-    p_dy += i_b * stride_dy_b
-    p_x += i_b * stride_x_b
+    p_dy += i_b * stride_dy_b + first * stride_dy_t
+    p_x += i_b * stride_x_b + first * stride_x_t
     if p_initial is not None:
-        p_initial += i_b * stride_i_b
+        p_initial += i_seq * stride_i_b
         o_t -= WIDTH - 1  # the tiles begin with the history, whose gradients are computed like those of x
     if p_seq_idx is not None:
-        p_seq_idx += i_b * stride_seq_b
+        p_seq_idx += i_b * stride_seq_b + first * stride_seq_t
 
     dx = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
     for ahead in tl.static_range(0, WIDTH):
         o_r = o_t + ahead  # the output that reads this input as its tap `ahead` back
-        m_r = (o_r >= 0) & (o_r < T)
+        m_r = (o_r >= 0) & (o_r < length)
         dy = tl.load(
             p_dy + o_r[:, None] * stride_dy_t + o_c[None, :] * stride_dy_c,
             mask=m_r[:, None] & m_c[None, :],
@@ -182,30 +205,31 @@ def causal_conv1d_backward_kernel(
         if SILU:
             dy *= silu_gradient(
                 convolve(
-                    p_x, p_weight, p_bias, p_initial, p_seq_idx, o_r, o_c, m_c, T, stride_x_t, stride_x_c, stride_w_c,
-                    stride_w_w, stride_bias_c, stride_i_w, stride_i_c, stride_seq_t, WIDTH, BLOCK_T, BLOCK_C,
+                    p_x, p_weight, p_bias, p_initial, p_seq_idx, o_r, o_c, m_c, length, stride_x_t, stride_x_c,
+                    stride_w_c, stride_w_w, stride_bias_c, stride_i_w, stride_i_c, stride_seq_t, WIDTH, BLOCK_T,
+                    BLOCK_C,
                 )
             )  # fmt: skip
         if ahead == 0:
             for back in tl.static_range(0, WIDTH):
                 tap = load_tap(
-                    p_x, p_initial, p_seq_idx, o_t, o_c, m_c, back, T, stride_x_t, stride_x_c, stride_i_w, stride_i_c,
-                    stride_seq_t, WIDTH,
+                    p_x, p_initial, p_seq_idx, o_t, o_c, m_c, back, length, stride_x_t, stride_x_c, stride_i_w,
+                    stride_i_c, stride_seq_t, WIDTH,
                 )  # fmt: skip
                 o_part = (i_row * WIDTH + WIDTH - 1 - back) * C + o_c
                 tl.store(p_dweight + o_part, tl.sum(dy * tap, 0), mask=m_c)
             if p_dbias is not None:
                 tl.store(p_dbias + i_row * C + o_c, tl.sum(dy, 0), mask=m_c)
         if p_seq_idx is not None:
-            here = tl.load(p_seq_idx + tl.maximum(o_t, 0) * stride_seq_t, mask=o_t < T, other=0)
+            here = tl.load(p_seq_idx + tl.maximum(o_t, 0) * stride_seq_t, mask=tl.maximum(o_t, 0) < length, other=0)
             there = tl.load(p_seq_idx + o_r * stride_seq_t, mask=m_r, other=0)
             dy = tl.where((here == there)[:, None], dy, 0.0)
         dx += dy * load_weight(p_weight, o_c, m_c, ahead, stride_w_c, stride_w_w, WIDTH)
 
-    o_x = (i_b * T + o_t)[:, None] * C + o_c[None, :]
-    tl.store(p_dx + o_x, dx.to(p_dx.dtype.element_ty), mask=((o_t >= 0) & (o_t < T))[:, None] & m_c[None, :])
+    o_x = (i_b * T + first + o_t)[:, None] * C + o_c[None, :]
+    tl.store(p_dx + o_x, dx.to(p_dx.dtype.element_ty), mask=((o_t >= 0) & (o_t < length))[:, None] & m_c[None, :])
     if p_dinitial is not None:
-        o_h = (i_b * (WIDTH - 1) + o_t + WIDTH - 1)[:, None] * C + o_c[None, :]
+        o_h = (i_seq * (WIDTH - 1) + o_t + WIDTH - 1)[:, None] * C + o_c[None, :]
         tl.store(p_dinitial + o_h, dx.to(p_dinitial.dtype.element_ty), mask=(o_t < 0)[:, None] & m_c[None, :])
 
 
@@ -259,22 +283,35 @@ def _shared_strides(weight: Tensor, bias: Tensor | None, initial: Tensor | None,
     )
 
 
+def _tiles(T: int, cu_seqlens: Tensor | None, sequences: int, history: int) -> tuple[int, int, tuple]:
+    """Tiles of a row, rows, and what ``tile_span`` reads, where every sequence is longer by ``history``."""
+    if cu_seqlens is None:
+        return triton.cdiv(T + history, BLOCK_T), sequences, (None, None, None)
+    # An upper bound, so that nothing waits for the device.
+    tiles = triton.cdiv(T + sequences * history, BLOCK_T) + sequences
+    ends = cu_seqlens + history * torch.arange(sequences + 1, device=cu_seqlens.device)
+    _, sequence, first = chunk_table(Chunks(T, BLOCK_T, BLOCK_T, tiles, sequences, packed=True), ends)
+    return tiles, 1, (cu_seqlens.contiguous(), sequence, first)
+
+
 def causal_conv1d(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
     initial_state: Tensor | None = None,
     seq_idx: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     silu: bool = True,
 ) -> Tensor:
     """``bitkernels::causal_conv1d``."""
-    check_convolution("causal_conv1d", x, weight, bias, initial_state, seq_idx)
-    batch, T, C = x.shape
+    sequences = check_convolution("causal_conv1d", x, weight, bias, initial_state, seq_idx, cu_seqlens)
+    T, C = x.shape[1:]
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel() == 0:
         return y
-    causal_conv1d_kernel[(triton.cdiv(T, BLOCK_T), triton.cdiv(C, BLOCK_C), batch)](
-        x, weight, bias, initial_state, seq_idx, y, T, C,
+    tiles, rows, table = _tiles(T, cu_seqlens, sequences, 0)
+    causal_conv1d_kernel[(tiles, triton.cdiv(C, BLOCK_C), rows)](
+        x, weight, bias, initial_state, seq_idx, *table, y, T, C,
         *x.stride(), *_shared_strides(weight, bias, initial_state, seq_idx),
         WIDTH=weight.shape[1], SILU=silu, BLOCK_T=BLOCK_T, BLOCK_C=BLOCK_C, num_warps=4,
     )  # fmt: skip
@@ -288,13 +325,14 @@ def causal_conv1d_backward(
     bias: Tensor | None = None,
     initial_state: Tensor | None = None,
     seq_idx: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     silu: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``bitkernels::causal_conv1d_backward``."""
     op = "causal_conv1d_backward"
-    check_convolution(op, x, weight, bias, initial_state, seq_idx)
+    sequences = check_convolution(op, x, weight, bias, initial_state, seq_idx, cu_seqlens)
     check_like(op, "dy", dy, x, tuple(x.shape))
-    batch, T, C = x.shape
+    T, C = x.shape[1:]
     width = weight.shape[1]
     fresh = {"dtype": torch.float32, "device": x.device}
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -305,12 +343,13 @@ def causal_conv1d_backward(
     if x.numel() == 0:
         dbias = torch.empty(0, **fresh) if bias is None else torch.zeros(C, **fresh)
         return dx, torch.zeros(C, width, **fresh), dbias, dinitial.zero_()
-    tiles = triton.cdiv(T + (0 if initial_state is None else width - 1), BLOCK_T)
-    dweight = torch.empty(batch * tiles, width, C, **fresh)
-    dbias = None if bias is None else torch.empty(batch * tiles, C, **fresh)
-    causal_conv1d_backward_kernel[(tiles, triton.cdiv(C, BACKWARD_BLOCK_C), batch)](
-        dy, x, weight, bias, initial_state, seq_idx, dx, dweight, dbias, None if initial_state is None else dinitial,
-        T, C, *dy.stride(), *x.stride(), *_shared_strides(weight, bias, initial_state, seq_idx),
+    tiles, rows, table = _tiles(T, cu_seqlens, sequences, 0 if initial_state is None else width - 1)
+    dweight = torch.empty(rows * tiles, width, C, **fresh)
+    dbias = None if bias is None else torch.empty(rows * tiles, C, **fresh)
+    causal_conv1d_backward_kernel[(tiles, triton.cdiv(C, BACKWARD_BLOCK_C), rows)](
+        dy, x, weight, bias, initial_state, seq_idx, *table, dx, dweight, dbias,
+        None if initial_state is None else dinitial, T, C,
+        *dy.stride(), *x.stride(), *_shared_strides(weight, bias, initial_state, seq_idx),
         WIDTH=width, SILU=silu, BLOCK_T=BLOCK_T, BLOCK_C=BACKWARD_BLOCK_C, num_warps=4,
     )  # fmt: skip
     return dx, dweight.sum(0).T.contiguous(), torch.empty(0, **fresh) if dbias is None else dbias.sum(0), dinitial

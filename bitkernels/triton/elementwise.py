@@ -38,4 +38,5 @@ def step_size(v, dt_min, dt_max, SOFTPLUS: tl.constexpr, CLAMP: tl.constexpr):
 def step_options(dt_softplus: bool, dt_min: float, dt_max: float | None) -> tuple[tuple[float, float], dict]:
     """The limits of ``step_size`` and its flags."""
     limits = dt_min, float("inf") if dt_max is None else dt_max
-    return limits, {"SOFTPLUS": dt_softplus, "CLAMP": limits != (0.0, float("inf"))}
+    # A softplus is positive already.
+    return limits, {"SOFTPLUS": dt_softplus, "CLAMP": not dt_softplus or limits != (0.0, float("inf"))}

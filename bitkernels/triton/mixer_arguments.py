@@ -60,6 +60,17 @@ def check_seq_idx(op: str, seq_idx: Tensor | None, x: Tensor) -> None:
         check_shape(op, "seq_idx", seq_idx, tuple(x.shape[:2]))
 
 
+def check_sequences(op: str, cu_seqlens: Tensor | None, x: Tensor) -> int:
+    """Returns their number. Their values stay on the device: reading them would wait for it."""
+    if cu_seqlens is None:
+        return x.shape[0]
+    check_integer(op, "cu_seqlens", cu_seqlens, x)
+    fits = cu_seqlens.dim() == 1 and cu_seqlens.shape[0] >= 1
+    check(fits, op, f"cu_seqlens must be [S + 1], got {list(cu_seqlens.shape)}")
+    check(x.shape[0] == 1, op, f"x must have a batch of one with cu_seqlens, got {list(x.shape)}")
+    return cu_seqlens.shape[0] - 1
+
+
 def check_heads(op, x, dt, A, B, C, D, z, dt_bias, dt_min, dt_max) -> None:
     """What scan and step share; B is checked to have the leading dimensions of x, [B, T] or [B]."""
     lead, H, P = tuple(x.shape[:-2]), x.shape[-2], x.shape[-1]
@@ -90,14 +101,7 @@ def check_scan(
     check(chunk_size > 0, op, f"chunk_size must be positive, got {chunk_size}")
     check_heads(op, x, dt, A, B, C, D, z, dt_bias, dt_min, dt_max)
     check_seq_idx(op, seq_idx, x)
-    sequences = x.shape[0]
-    if cu_seqlens is not None:
-        # Its values stay on the device: reading them would wait for it.
-        check_integer(op, "cu_seqlens", cu_seqlens, x)
-        fits = cu_seqlens.dim() == 1 and cu_seqlens.shape[0] >= 1
-        check(fits, op, f"cu_seqlens must be [S + 1], got {list(cu_seqlens.shape)}")
-        check(sequences == 1, op, f"x must have a batch of one with cu_seqlens, got {list(x.shape)}")
-        sequences = cu_seqlens.shape[0] - 1
+    sequences = check_sequences(op, cu_seqlens, x)
     state = (sequences, x.shape[2], x.shape[3], B.shape[3])
     check_floating(op, "initial_states", initial_states, x, state)
     return sequences
@@ -134,12 +138,15 @@ def check_taps(op: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     check_floating(op, "bias", bias, x, (C,))
 
 
-def check_convolution(op, x, weight, bias, initial_state, seq_idx) -> None:
+def check_convolution(op, x, weight, bias, initial_state, seq_idx, cu_seqlens) -> int:
+    """Returns the number of sequences."""
     check_activation(op, "x", x)
     check_rank(op, "x", x, "[B, T, C]")
     check_taps(op, x, weight, bias)
-    check_floating(op, "initial_state", initial_state, x, (x.shape[0], weight.shape[1] - 1, x.shape[2]))
+    sequences = check_sequences(op, cu_seqlens, x)
+    check_floating(op, "initial_state", initial_state, x, (sequences, weight.shape[1] - 1, x.shape[2]))
     check_seq_idx(op, seq_idx, x)
+    return sequences
 
 
 def check_norm(op: str, x: Tensor, z: Tensor, weight: Tensor, group_size: int | None) -> None:

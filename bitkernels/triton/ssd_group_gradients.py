@@ -41,7 +41,8 @@ def group_gradients_kernel(
     p_h,  # [blocks of the part, H, P, N]
     p_dh,  # [blocks of the part, H, P, N]
     p_dCB,  # [blocks of the part, G, pair_splits, BLOCK_T, BLOCK_T] float32, of (C B^T)^T
-    p_out,  # [2, splits, B, T, G, N]: of B, and of C
+    p_dB,  # [splits, B, T, G, N]
+    p_dC,  # [splits, B, T, G, N]
     p_cu_seqlens,
     p_sequence,
     p_first,
@@ -120,6 +121,7 @@ def group_gradients_kernel(
                 gradient += tl.dot(b_dy, b_h, input_precision=PRECISION) * scale[:, None]
         b_v = load_tile(p_B + i_b * stride_B_b + first * stride_B_t + i_g * stride_B_g, stride_B_t, o_i, m_t, o_n, m_n)
         o_pair = o_i[:, None] + o_i[None, :] * BLOCK_T
+        p_out = p_dC
     else:
         p_x += i_b * stride_x_b + first * stride_x_t
         for i_h in range(begin, end):
@@ -137,13 +139,14 @@ def group_gradients_kernel(
                 gradient += tl.dot(b_x, b_dh, input_precision=PRECISION) * scale[:, None]
         b_v = load_tile(p_C + i_b * stride_C_b + first * stride_C_t + i_g * stride_C_g, stride_C_t, o_i, m_t, o_n, m_n)
         o_pair = o_i[:, None] * BLOCK_T + o_i[None, :]
+        p_out = p_dB
 
     if i_split == 0:
         dCB = tl.zeros([BLOCK_T, BLOCK_T], tl.float32)
         for i_sum in range(0, pair_splits):
             dCB += tl.load(p_dCB + i_sum * BLOCK_T * BLOCK_T + o_pair)
         gradient = tl.dot(dCB.to(b_v.dtype), b_v, gradient, input_precision=PRECISION)
-    o_row = tl.program_id(1).to(tl.int64) * tokens + i_b * T + first + o_i
+    o_row = i_split * tokens + i_b * T + first + o_i
     o_out = (o_row[:, None] * groups + i_g) * N + o_n[None, :]
     tl.store(p_out + o_out, gradient.to(p_out.dtype.element_ty), mask=m_out)
 

@@ -22,6 +22,7 @@ from bitkernels.triton.launch import Launch, layout, planned
 from bitkernels.triton.mixer_arguments import check_floating, check_like, check_scan
 from bitkernels.triton.ssd_group_gradients import plan_group_gradients
 from bitkernels.triton.ssd_states import (
+    SLOTS,
     Decays,
     block_span,
     chunk_table,
@@ -40,8 +41,8 @@ from bitkernels.triton.ssd_states import (
 )
 from bitkernels.triton.ssd_walk import EnterChunks, plan_walk, walk_heads
 
-# Programs worth having before one takes several heads.
-MIN_PROGRAMS = 528
+# Two rounds of programs: heads are spread no further.
+MAX_PROGRAMS = 2 * SLOTS
 # Of h and dh, together.
 STATE_BYTES = 2**28
 # Loads ahead would leave shared memory for one program a multiprocessor.
@@ -49,9 +50,13 @@ STAGES = 1
 
 
 def head_splits(programs: int, heads: int) -> int:
-    """Over how many programs to spread the heads of a group."""
-    splits = min(heads, cdiv(MIN_PROGRAMS, programs))
-    return cdiv(heads, cdiv(heads, splits))
+    """Over how many programs to spread the heads of a group: as few as take the least time, since each leaves a sum."""
+
+    def time(splits: int) -> int:
+        """In heads: what a program goes through in each round."""
+        return cdiv(programs * splits, SLOTS) * cdiv(heads, splits)
+
+    return min(range(1, min(heads, cdiv(MAX_PROGRAMS, programs)) + 1), key=time)
 
 
 @triton.jit
@@ -329,7 +334,9 @@ class BackwardPlan:
         dz = None if z is None else fresh(z.shape, x.dtype)
         h, dh = fresh(self.state_shape, x.dtype), fresh(self.state_shape, x.dtype)
         dCB = fresh(self.pair_shape)
-        dBC = fresh((2, self.out_splits, *B.shape), B.dtype if self.out_splits == 1 else torch.float32)
+        # Outputs share no memory, as torch requires of operators.
+        splits = self.out_splits
+        dB, dC = (fresh((splits, *B.shape), B.dtype if splits == 1 else torch.float32) for _ in range(2))
         # Zeros, as blocks past the end of their chunk add nothing.
         sums = torch.zeros(self.chunks.blocks, dt.shape[2], self.head_sums, dtype=torch.float32, device=x.device)
         last = dinitial if self.chunks.whole else None
@@ -339,12 +346,12 @@ class BackwardPlan:
             self.gradients[count](
                 dy, x, B, C, D, z, dt, A, dt_bias, *decays, seq_idx, h, dh, dx, dz, ddt, dCB, sums, *table, first_block
             )
-            self.groups[count](dy, x, B, C, z, *decays, seq_idx, h, dh, dCB, dBC, *table, first_block)
-        dB, dC = dBC[:, 0] if self.out_splits == 1 else dBC.sum(1).to(B.dtype)
-        sums = sums.sum(0)
-        dD = None if D is None else sums[:, 2] if D.dim() == 1 else sums[:, 2:]
-        ddt_bias = None if dt_bias is None else sums[:, 1]
-        given = dx, ddt, sums[:, 0], dB, dC, dD, dz, ddt_bias, dinitial
+            self.groups[count](dy, x, B, C, z, *decays, seq_idx, h, dh, dCB, dB, dC, *table, first_block)
+        dB, dC = (t[0] if splits == 1 else t.sum(0).to(B.dtype) for t in (dB, dC))
+        dA = sums[..., 0].sum(0)
+        ddt_bias = None if dt_bias is None else sums[..., 1].sum(0)
+        dD = None if D is None else sums[..., 2:].sum(0).view(D.shape)
+        given = dx, ddt, dA, dB, dC, dD, dz, ddt_bias, dinitial
         return tuple(fresh(0) if t is None else t for t in given)
 
 

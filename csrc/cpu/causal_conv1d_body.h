@@ -1,5 +1,6 @@
 // The depthwise causal convolution for one instruction set, in tiles of time by channels whose
-// inputs are widened once. Row r of the inputs is the token `begin - (W - 1) + r`.
+// inputs are widened once. Tokens are counted from the start of their sequence; row r of the inputs is
+// the token `begin - (W - 1) + r`.
 #pragma once
 
 #include "causal_conv1d_layout.h"
@@ -11,13 +12,15 @@ namespace {
 template <typename E, typename T>
 struct ConvTile {
   const CausalConv1d& p;
-  const int64_t batch, begin, end, channel, channels;  // of this tile
-  T *inputs, *weight, *bias;                           // [rows, kConvChannels], [W, kConvChannels], [kConvChannels]
+  const Sequence& s;
+  const int64_t begin, end, channel, channels;  // of this tile
+  T *inputs, *weight, *bias;                    // [rows, kConvChannels], [W, kConvChannels], [kConvChannels]
 
   // Inputs reach to `last`, which may lie past the end of the tile.
-  ConvTile(const CausalConv1d& p, int64_t batch, int64_t begin, int64_t end, int64_t last, int64_t channel, T*& scratch)
+  ConvTile(const CausalConv1d& p, const Sequence& s, int64_t begin, int64_t end, int64_t last, int64_t channel,
+           T*& scratch)
       : p(p),
-        batch(batch),
+        s(s),
         begin(begin),
         end(end),
         channel(channel),
@@ -45,15 +48,15 @@ struct ConvTile {
 
   // Null where the input is zero.
   const E* input(int64_t t) const {
-    if (t >= 0) return static_cast<const E*>(p.x.data) + batch * p.x.batch + t * p.x.time + channel;
+    if (t >= 0) return static_cast<const E*>(p.x.data) + s.batch * p.x.batch + (s.begin + t) * p.x.time + channel;
     if (!p.initial) return nullptr;
-    return static_cast<const E*>(p.initial) + (batch * (p.W - 1) + p.W - 1 + t) * p.C + channel;
+    return static_cast<const E*>(p.initial) + ((&s - p.sequences + 1) * (p.W - 1) + t) * p.C + channel;
   }
 
   // Whether token t sees the input `back` tokens before it; history before t = 0 belongs to the sequence at t = 0.
   bool sees(int64_t t, int64_t back) const {
     if (!p.seq_idx) return true;
-    const int64_t* ids = p.seq_idx + batch * p.T;
+    const int64_t* ids = p.seq_idx + s.batch * p.T + s.begin;
     return ids[t] == ids[t >= back ? t - back : 0];
   }
 
@@ -73,14 +76,14 @@ struct ConvTile {
 };
 
 template <typename E, typename T>
-void conv_rows(const CausalConv1d& p, int64_t batch, int64_t begin, int64_t end, void* memory) {
+void conv_rows(const CausalConv1d& p, const Sequence& s, int64_t begin, int64_t end, void* memory) {
   T out[kConvChannels];
   for (int64_t channel = 0; channel < p.C; channel += kConvChannels) {
     T* scratch = static_cast<T*>(memory);
-    const ConvTile<E, T> tile(p, batch, begin, end, end, channel, scratch);
+    const ConvTile<E, T> tile(p, s, begin, end, end, channel, scratch);
     for (int64_t t = begin; t < end; ++t) {
       tile.row(t, out);
-      E* to = static_cast<E*>(p.y) + (batch * p.T + t) * p.C + channel;
+      E* to = static_cast<E*>(p.y) + (s.batch * p.T + s.begin + t) * p.C + channel;
       for (int64_t c = 0; c < tile.channels; c += kLanes<T>) {
         store(to + c, p.silu ? silu(load(out + c)) : load(out + c), tile.channels - c);
       }
@@ -90,14 +93,14 @@ void conv_rows(const CausalConv1d& p, int64_t batch, int64_t begin, int64_t end,
 
 // dx of the tokens [begin, end) and their share of dweight and dbias: [W + 1, C] of acc at `partial`.
 template <typename E, typename T>
-void conv_rows_backward(const CausalConv1dBackward& g, int64_t batch, int64_t begin, int64_t end, void* partial,
+void conv_rows_backward(const CausalConv1dBackward& g, const Sequence& s, int64_t begin, int64_t end, void* partial,
                         void* memory) {
   const CausalConv1d& p = g.forward;
   const int64_t history = p.W - 1;
-  const int64_t last = end + history < p.T ? end + history : p.T;  // outputs that see this tile's inputs
+  const int64_t last = end + history < s.length ? end + history : s.length;  // outputs that see this tile's inputs
   for (int64_t channel = 0; channel < p.C; channel += kConvChannels) {
     T* scratch = static_cast<T*>(memory);
-    const ConvTile<E, T> tile(p, batch, begin, end, last, channel, scratch);
+    const ConvTile<E, T> tile(p, s, begin, end, last, channel, scratch);
     const int64_t channels = tile.channels;
     T* grads = scratch;                                       // [last - begin, kConvChannels]
     T* sums = grads + (kConvTime + history) * kConvChannels;  // [W + 1, kConvChannels]
@@ -105,7 +108,7 @@ void conv_rows_backward(const CausalConv1dBackward& g, int64_t batch, int64_t be
 
     for (int64_t t = begin; t < last; ++t) {
       T* grad = grads + (t - begin) * kConvChannels;
-      const E* dy = static_cast<const E*>(g.dy.data) + batch * g.dy.batch + t * g.dy.time + channel;
+      const E* dy = static_cast<const E*>(g.dy.data) + s.batch * g.dy.batch + (s.begin + t) * g.dy.time + channel;
       if (p.silu) tile.row(t, grad);
       for (int64_t c = 0; c < channels; c += kLanes<T>) {
         Vec<T> value = load(dy + c, channels - c);
@@ -126,10 +129,10 @@ void conv_rows_backward(const CausalConv1dBackward& g, int64_t batch, int64_t be
       }
     }
 
-    // Inputs before t = 0 belong to the first block.
+    // Inputs before t = 0 belong to the first chunk.
     for (int64_t t = begin == 0 && g.dinitial ? -history : begin; t < end; ++t) {
-      E* to = t >= 0 ? static_cast<E*>(g.dx) + (batch * p.T + t) * p.C + channel
-                     : static_cast<E*>(g.dinitial) + (batch * history + history + t) * p.C + channel;
+      E* to = t >= 0 ? static_cast<E*>(g.dx) + (s.batch * p.T + s.begin + t) * p.C + channel
+                     : static_cast<E*>(g.dinitial) + ((&s - p.sequences + 1) * history + t) * p.C + channel;
       for (int64_t c = 0; c < channels; c += kLanes<T>) {
         Vec<T> sum{};
         for (int64_t back = 0; back <= history; ++back) {

@@ -12,8 +12,8 @@ struct MixerKernels {
   void (*scan_sum_blocks)(const SsdScanBackward&, const Sequence&, int64_t chunk, int64_t group);
   void (*scan_sum_sequences)(const SsdScanBackward&, int64_t head);
   void (*step_head)(const SsdStep&, int64_t batch, int64_t head);
-  void (*conv_rows)(const CausalConv1d&, int64_t batch, int64_t begin, int64_t end, void* scratch);
-  void (*conv_rows_backward)(const CausalConv1dBackward&, int64_t batch, int64_t begin, int64_t end, void* partial,
+  void (*conv_rows)(const CausalConv1d&, const Sequence&, int64_t begin, int64_t end, void* scratch);
+  void (*conv_rows_backward)(const CausalConv1dBackward&, const Sequence&, int64_t begin, int64_t end, void* partial,
                              void* scratch);
   void (*conv_sum_blocks)(const CausalConv1dBackward&, int64_t blocks, int64_t begin, int64_t end);
   void (*norm_rows)(const GatedRmsNorm&, int64_t begin, int64_t end, void* scratch);
