@@ -1,6 +1,7 @@
 // The CPU kernels of the Mamba-2 block: scan, step, causal convolution, gated norm. No torch here.
 //
-// On CUDA these operators run on Triton (bitkernels/triton), so the CPU alone implements this header.
+// On CUDA these operators run on Triton (bitkernels/triton), which may call cuda/ssd_scan_hopper.h: the CPU alone
+// implements this header.
 // Activations are fp32, bf16 or fp16 with fp32 arithmetic, or fp64 throughout. "acc" below is the
 // type of that arithmetic: float, or double where dtype is kFloat64.
 #pragma once

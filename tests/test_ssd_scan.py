@@ -9,6 +9,7 @@ from helpers import TOLERANCE, assert_close, check_compile, check_cuda_graph, no
 import bitkernels
 from bitkernels import reference
 
+CUDA_LIBRARY = bitkernels.build_info()["packed matmuls on CUDA"] == "CUDA C++"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 NAMES = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_states", "seq_idx", "cu_seqlens")
 
@@ -199,6 +200,37 @@ def test_noncontiguous(dtype, device):
     for out, out_expected in zip(run(case, views), expected, strict=True):
         # Other strides may compile to another order of the same sums.
         assert_close("out", out, out_expected.double())
+
+
+@pytest.mark.memcheck
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(1, 64, 40, 64, 128),
+        Case(1, 1, 40, 64, 64, D="H", dt_bias=False),
+        Case(2, 150, 20, 64, 128, G=2, D="HP", z=True, initial=True),
+        Case(3, 65, 16, 64, 64, G=4, D="H", initial=True, softplus=False, dt_limit=(0.001, 0.5)),
+    ],
+    ids=str,
+)
+def test_many_heads(case, dtype, device):
+    """For these Hopper GPUs have a kernel of their own; x, B and C as the convolution leaves them."""
+    tensors = inputs(case, device, dtype)
+    widths = [case.H * case.P, case.G * case.N, case.G * case.N]
+    joined = torch.cat([t.flatten(2) for t in (tensors[0], tensors[3], tensors[4])], -1)
+    x, B, C = joined.split(widths, -1)
+    tensors[0], tensors[3], tensors[4] = (
+        x.unflatten(-1, (case.H, -1)), B.unflatten(-1, (case.G, -1)), C.unflatten(-1, (case.G, -1)),
+    )  # fmt: skip
+    if device == "cuda" and torch.cuda.get_device_capability() == (9, 0) and CUDA_LIBRARY:
+        from bitkernels.triton.ssd_scan import on_hopper
+
+        assert on_hopper(*(tensors[i] for i in (0, 3, 4, 6, 8, 9, 10)))
+    outputs = run(case, tensors)
+    for name, out, ref in zip(("y", "final_states"), outputs, run_reference(case, tensors), strict=True):
+        assert_close(name, out, ref, TOLERANCE[dtype])
+    assert all(torch.equal(a, b) for a, b in zip(outputs, run(case, tensors), strict=True))
 
 
 def test_expanded_gradient(device):

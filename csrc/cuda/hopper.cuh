@@ -78,6 +78,22 @@ __device__ inline void load_bytes(SharedAddress to, const void* from, int bytes,
                : "memory");
 }
 
+// Of a map of tokens, see tokens_map().
+__device__ inline void load_tokens(const CUtensorMap* map, SharedAddress to, SharedAddress barrier, int column,
+                                   int head, int token, int row) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], "
+      "[%2];" ::"r"(to),
+      "l"(map), "r"(barrier), "r"(column), "r"(head), "r"(token), "r"(row)
+      : "memory");
+}
+__device__ inline void store_tokens(const CUtensorMap* map, SharedAddress from, int column, int head, int token,
+                                    int row) {
+  asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(map),
+               "r"(from), "r"(column), "r"(head), "r"(token), "r"(row)
+               : "memory");
+}
+
 // One thread's stores form a group; what they read may be written again once the group has been waited for.
 __device__ inline void store_box(const CUtensorMap* map, SharedAddress from, int column, int row) {
   asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map), "r"(from),
@@ -95,6 +111,25 @@ __device__ inline void copy_engine_fence() { asm volatile("fence.proxy.async.sha
 // (second) go, 16 bytes each.
 __device__ inline void store_transposed(SharedAddress to, uint32_t first, uint32_t second) {
   asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(to), "r"(first), "r"(second)
+               : "memory");
+}
+
+// Four 8 x 8 tiles of 16-bit fragments: lanes 8 i to 8 i + 7 say where the rows of the i-th are, 16 bytes each.
+__device__ inline void load_matrices(SharedAddress from, uint32_t (&v)[4]) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
+               : "r"(from)
+               : "memory");
+}
+__device__ inline void load_transposed(SharedAddress from, uint32_t (&v)[4]) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
+               : "r"(from)
+               : "memory");
+}
+__device__ inline void store_matrices(SharedAddress to, uint32_t v0, uint32_t v1, uint32_t v2, uint32_t v3) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(v0), "r"(v1), "r"(v2),
+               "r"(v3)
                : "memory");
 }
 
@@ -180,10 +215,11 @@ constexpr CUtensorMapDataType kMapType<bf16> = CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
 template <>
 constexpr CUtensorMapDataType kMapType<fp16> = CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
 
-// The copy engine's view of a matrix [rows, columns] in boxes of 128 bytes times `box_rows`, swizzled in shared
-// memory, zero beyond the edges. Rows must start on 16-byte boundaries.
-template <typename T>
-CUtensorMap matrix_map(const void* matrix, int64_t rows, int64_t columns, int box_rows) {
+// A view for the copy engine in boxes with rows of 128 bytes, swizzled in shared memory, zero beyond the edges.
+// Everything but the first axis must start on 16-byte boundaries; pitches are bytes.
+template <typename T, int rank>
+CUtensorMap box_map(const void* data, const cuuint64_t (&sizes)[rank], const cuuint64_t (&pitches)[rank - 1],
+                    const cuuint32_t (&box)[rank]) {
   static const auto encode = [] {
     void* function = nullptr;
     cudaDriverEntryPointQueryResult found;
@@ -191,15 +227,33 @@ CUtensorMap matrix_map(const void* matrix, int64_t rows, int64_t columns, int bo
     return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
   }();
   CUtensorMap map;
-  const cuuint64_t sizes[] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
-  const cuuint64_t pitches[] = {static_cast<cuuint64_t>(columns) * sizeof(T)};
-  const cuuint32_t box[] = {128 / sizeof(T), static_cast<cuuint32_t>(box_rows)};
-  const cuuint32_t steps[] = {1, 1};
-  const CUresult result =
-      encode(&map, kMapType<T>, 2, const_cast<void*>(matrix), sizes, pitches, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-             CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  cuuint32_t steps[rank];
+  for (cuuint32_t& step : steps) step = 1;
+  const CUresult result = encode(&map, kMapType<T>, rank, const_cast<void*>(data), sizes, pitches, box, steps,
+                                 CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                 CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS) throw std::runtime_error("bitkernels: the driver refused a tensor map");
   return map;
+}
+
+// Of a matrix [rows, columns], in boxes of 128 bytes times `box_rows`.
+template <typename T>
+CUtensorMap matrix_map(const void* matrix, int64_t rows, int64_t columns, int box_rows) {
+  return box_map<T, 2>(matrix, {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)},
+                       {static_cast<cuuint64_t>(columns) * sizeof(T)},
+                       {128 / sizeof(T), static_cast<cuuint32_t>(box_rows)});
+}
+
+// Of [batch, time, heads, columns] with strides in elements, in boxes of 128 bytes of one head times `tokens`.
+template <typename T>
+CUtensorMap tokens_map(const void* data, const int64_t (&sizes)[4], const int64_t (&strides)[3], int tokens) {
+  // The driver refuses what an axis of length one may have as a stride, and never uses it.
+  const auto pitch = [&](int axis) {
+    return static_cast<cuuint64_t>(sizes[axis] > 1 ? strides[axis] * sizeof(T) : 16);
+  };
+  const auto size = [&](int axis) { return static_cast<cuuint64_t>(sizes[axis]); };
+  return box_map<T, 4>(data, {size(3), size(2), size(1), size(0)}, {pitch(2), pitch(1), pitch(0)},
+                       {128 / sizeof(T), 1, static_cast<cuuint32_t>(tokens), 1});
 }
 
 }  // namespace bitkernels::cuda

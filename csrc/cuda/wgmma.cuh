@@ -2,8 +2,9 @@
 // d[64, n] += popcount(a[64, 256] & b[n, 256]), see bit_mma.cuh.
 //
 // a comes from registers, with the fragment layout of mma() in ptx.cuh, warp w of the four holding rows 16 w to
-// 16 w + 15; b is a K-major tile in shared memory with the 128-byte swizzle. With g = lane / 4 and t = lane % 4,
-// d[4 i + c] is row g + 8 (c / 2), column 8 i + 2 t + c % 2.
+// 16 w + 15; b is a tile in shared memory with the 128-byte swizzle, K-major (its rows are columns of b) for wgmma(),
+// and for wgmma_rows() as it stands (its rows are rows of b). With g = lane / 4 and t = lane % 4, d[4 i + c] is row
+// g + 8 (c / 2), column 8 i + 2 t + c % 2.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -36,11 +37,26 @@ __device__ __forceinline__ void pin(int (&sums)[n]) {
   for (int i = 0; i < n; ++i) asm volatile("" : "+r"(sums[i])::"memory");
 }
 
+// Left operands are read while the products are at work, and the compiler takes their registers for free once the
+// products are issued: this keeps them until here, after the wait.
+template <int steps>
+__device__ __forceinline__ void pin(uint32_t (&a)[steps][4]) {
+#pragma unroll
+  for (int k = 0; k < steps; ++k) {
+    asm volatile("" : "+r"(a[k][0]), "+r"(a[k][1]), "+r"(a[k][2]), "+r"(a[k][3])::"memory");
+  }
+}
+
 // A tile of rows of 128 bytes, groups of eight rows 1024 bytes apart.
 __device__ inline uint64_t wgmma_descriptor(uint32_t shared_address) {
   constexpr uint64_t kSwizzle128 = 1ull << 62;
   constexpr uint64_t kGroupPitch = 1024 / 16;
   return kSwizzle128 | kGroupPitch << 32 | 1ull << 16 | (shared_address & 0x3ffff) >> 4;
+}
+
+// Of wgmma_rows(): such tiles side by side, each 64 columns of b, `box_bytes` apart.
+__device__ inline uint64_t wgmma_rows_descriptor(uint32_t shared_address, uint32_t box_bytes) {
+  return wgmma_descriptor(shared_address) + (uint64_t(box_bytes / 16 - 1) << 16);
 }
 
 // clang-format off
@@ -80,14 +96,18 @@ __device__ inline uint64_t wgmma_descriptor(uint32_t shared_address) {
 #define BITKERNELS_O256(c) BITKERNELS_O240(c), BITKERNELS_D8(120, c)
 #define BITKERNELS_L216 BITKERNELS_L208 ", %104, %105, %106, %107"
 #define BITKERNELS_O216(c) BITKERNELS_O208(c), c(d[104]), c(d[105]), c(d[106]), c(d[107])
-#define BITKERNELS_WGMMA_16(n, a0, a1, a2, a3, desc, flag)                                                            \
-  BITKERNELS_WGMMA_OF(__nv_bfloat16, float, "+f", n, 16, "f32.bf16.bf16", ", p, 1, 1, 0", a0, a1, a2, a3, desc, flag) \
-  BITKERNELS_WGMMA_OF(__half, float, "+f", n, 16, "f32.f16.f16", ", p, 1, 1, 0", a0, a1, a2, a3, desc, flag)
+#define BITKERNELS_WGMMA_16_OF(name, n, modifiers, a0, a1, a2, a3, desc, flag)                                   \
+  BITKERNELS_WGMMA_OF(name, __nv_bfloat16, float, "+f", n, 16, "f32.bf16.bf16", modifiers, a0, a1, a2, a3, desc, flag) \
+  BITKERNELS_WGMMA_OF(name, __half, float, "+f", n, 16, "f32.f16.f16", modifiers, a0, a1, a2, a3, desc, flag)
+#define BITKERNELS_WGMMA_16(n, a0, a1, a2, a3, desc, flag) \
+  BITKERNELS_WGMMA_16_OF(wgmma, n, ", p, 1, 1, 0", a0, a1, a2, a3, desc, flag)
+#define BITKERNELS_WGMMA_ROWS(n, a0, a1, a2, a3, desc, flag) \
+  BITKERNELS_WGMMA_16_OF(wgmma_rows, n, ", p, 1, 1, 1", a0, a1, a2, a3, desc, flag)
 #define BITKERNELS_WGMMA_8(n, a0, a1, a2, a3, desc, flag) \
-  BITKERNELS_WGMMA_OF(int8_t, int, "+r", n, 32, "s32.u8.s8", ", p", a0, a1, a2, a3, desc, flag)
+  BITKERNELS_WGMMA_OF(wgmma, int8_t, int, "+r", n, 32, "s32.u8.s8", ", p", a0, a1, a2, a3, desc, flag)
 // The first argument only chooses the type; without `accumulate`, d starts from zero.
-#define BITKERNELS_WGMMA_OF(T, D, c, n, k, types, modifiers, a0, a1, a2, a3, desc, flag)                          \
-  __device__ __forceinline__ void wgmma(T, D (&d)[n / 2], const uint32_t (&a)[4], uint64_t b, int accumulate) {   \
+#define BITKERNELS_WGMMA_OF(name, T, D, c, n, k, types, modifiers, a0, a1, a2, a3, desc, flag)                          \
+  __device__ __forceinline__ void name(T, D (&d)[n / 2], const uint32_t (&a)[4], uint64_t b, int accumulate) {   \
     asm volatile("{.reg .pred p; setp.ne.b32 p, %" #flag ", 0;\n"                                                 \
                  "wgmma.mma_async.sync.aligned.m64n" #n "k" #k "." types " {" BITKERNELS_L##n "}, "               \
                  "{%" #a0 ", %" #a1 ", %" #a2 ", %" #a3 "}, %" #desc modifiers ";}\n"                             \
@@ -100,6 +120,8 @@ BITKERNELS_WGMMA_16(128, 64, 65, 66, 67, 68, 69)
 BITKERNELS_WGMMA_16(176, 88, 89, 90, 91, 92, 93)
 BITKERNELS_WGMMA_16(216, 108, 109, 110, 111, 112, 113)
 BITKERNELS_WGMMA_16(256, 128, 129, 130, 131, 132, 133)
+BITKERNELS_WGMMA_ROWS(64, 32, 33, 34, 35, 36, 37)
+BITKERNELS_WGMMA_ROWS(128, 64, 65, 66, 67, 68, 69)
 BITKERNELS_WGMMA_8(16, 8, 9, 10, 11, 12, 13)
 BITKERNELS_WGMMA_8(32, 16, 17, 18, 19, 20, 21)
 BITKERNELS_WGMMA_8(64, 32, 33, 34, 35, 36, 37)
@@ -121,6 +143,8 @@ BITKERNELS_WGMMA_1(128, 64, 65, 66)
 BITKERNELS_WGMMA_1(256, 128, 129, 130)
 #undef BITKERNELS_WGMMA_1
 #undef BITKERNELS_WGMMA_16
+#undef BITKERNELS_WGMMA_ROWS
+#undef BITKERNELS_WGMMA_16_OF
 #undef BITKERNELS_WGMMA_8
 #undef BITKERNELS_WGMMA_OF
 #undef BITKERNELS_L16

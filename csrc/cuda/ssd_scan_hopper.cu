@@ -1,0 +1,93 @@
+// The forward SSD scan on Hopper: a thread block walks through one head of one batch row, 64 tokens at a time, in a
+// single pass. One warpgroup fetches, one leads the state, two make outputs of every other block: the recurrence
+// waits for a product of 64 x 64 x N in every block and for nothing else. See docs/kernels/ssd_scan.md.
+#include "scan_output.cuh"
+#include "scan_produce.cuh"
+
+namespace bitkernels::cuda {
+
+template <typename T, int N>
+__global__ void __launch_bounds__(kScanThreads, 1)
+    ssd_scan_kernel(const __grid_constant__ CUtensorMap x, const __grid_constant__ CUtensorMap B,
+                    const __grid_constant__ CUtensorMap C, const __grid_constant__ CUtensorMap y, ScanProblem p) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  extern __shared__ uint4 shared[];
+  const ScanPlace<N> at(shared, p);
+  const int group = uniform(threadIdx.x / kScanWarpgroup);
+  if (threadIdx.x == 0) {
+    for (const CUtensorMap* map : {&x, &B, &C, &y}) prefetch_map(map);
+    for (int i = 0; i < kScanStages; ++i) {
+      barrier_init(at.full + 8 * i, 2);
+      barrier_init(at.empty + 8 * i, 8);
+    }
+    for (int i = 0; i < kOutputGroups; ++i) {
+      barrier_init(at.written + 8 * i, 4);
+      barrier_init(at.read + 8 * i, 4);
+    }
+    barrier_init_fence();
+  }
+  if (threadIdx.x < kHeaddim) {
+    at.D[threadIdx.x] = p.D ? p.D[at.head * p.D_head + threadIdx.x * p.D_channel] : 0.0f;
+  }
+  __syncthreads();
+  if (group == 0) {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
+    const int warp = uniform(threadIdx.x / 32);
+    const int lane = threadIdx.x % 32;
+    if (warp < kDecayWarps) {
+      produce_decays(at, p, warp, lane);
+    } else if (warp == kDecayWarps && lane == 0) {
+      produce_tiles(at, p.blocks, x, B, C);
+    }
+  } else if (group == 1) {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 152;");
+    lead_state<T, N>(at, p);
+  } else {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 168;");
+    make_outputs<T, N>(at, p, y, group - 2);
+  }
+#endif
+}
+
+template <typename T, int N>
+void run_scan(const SsdScan& s, cudaStream_t stream) {
+  const auto map = [&](const ScanTensor& t, int64_t heads, int64_t columns, int tokens = kScanTokens) {
+    return tokens_map<T>(t.data, {s.batch, s.T, heads, columns}, {t.batch, t.time, t.head}, tokens);
+  };
+  const ScanTensor y{s.y, s.T * s.H * kHeaddim, s.H * kHeaddim, kHeaddim};
+  const ScanProblem p{.dt = s.dt.data,
+                      .z = s.z.data,
+                      .A = s.A,
+                      .D = s.D,
+                      .dt_bias = s.dt_bias,
+                      .initial_states = s.initial_states,
+                      .final_states = s.final_states,
+                      .dt_batch = s.dt.batch,
+                      .dt_time = s.dt.time,
+                      .dt_head = s.dt.head,
+                      .z_batch = s.z.batch,
+                      .z_time = s.z.time,
+                      .z_head = s.z.head,
+                      .D_head = s.D_head,
+                      .D_channel = s.D_channel,
+                      .dt_min = s.dt_min,
+                      .dt_max = s.dt_max,
+                      .dt_dtype = s.dt_dtype,
+                      .dt_softplus = s.dt_softplus,
+                      .T = static_cast<int>(s.T),
+                      .H = static_cast<int>(s.H),
+                      .heads_per_group = static_cast<int>(s.H / s.G),
+                      .blocks = static_cast<int>(ceil_div(s.T, kScanTokens))};
+  const Grid grid{.blocks = dim3(static_cast<unsigned>(s.batch * s.H)),
+                  .threads = kScanThreads,
+                  .shared_bytes = ScanPlace<N>::kSharedBytes};
+  launch(ssd_scan_kernel<T, N>, grid, stream, map(s.x, s.H, kHeaddim), map(s.B, s.G, N), map(s.C, s.G, N),
+         map(y, s.H, kHeaddim, kScanTokens / 4), p);
+}
+
+void ssd_scan_hopper(const SsdScan& s, Executor stream) {
+  const auto with_state = [&]<typename T>(T) { s.N == 64 ? run_scan<T, 64>(s, stream) : run_scan<T, 128>(s, stream); };
+  s.dtype == DType::kBFloat16 ? with_state(bf16()) : with_state(fp16());
+}
+
+}  // namespace bitkernels::cuda

@@ -1,0 +1,35 @@
+// The forward SSD scan for Hopper. What it does not take, the Triton kernels do (bitkernels/triton/ssd_scan.py).
+#pragma once
+
+#include "kernels.h"
+
+namespace bitkernels::cuda {
+
+// [B, T, heads or groups, inner], strides in elements; the innermost is 1.
+struct ScanTensor {
+  const void* data;
+  int64_t batch, time, head;
+};
+
+struct SsdScan {
+  ScanTensor x;                 // [B, T, H, 64] dtype
+  ScanTensor B, C;              // [B, T, G, N] dtype
+  ScanTensor z;                 // [B, T, H, 64] dtype or null
+  ScanTensor dt;                // [B, T, H] dt_dtype, in strides of its own
+  const float* A;               // [H]
+  const float* D;               // by strides [H, 64], or null
+  const float* dt_bias;         // [H] or null
+  const float* initial_states;  // [B, H, 64, N] or null
+  void* y;                      // [B, T, H, 64] dtype
+  float* final_states;          // [B, H, 64, N]
+  DType dtype, dt_dtype;
+  int64_t D_head, D_channel;
+  bool dt_softplus;
+  float dt_min, dt_max;
+  int64_t batch, T, H, G, N;
+};
+// x, B, C, z, initial_states and y lie on 16-byte boundaries, and so do the strides of the first four; dtype is 16 bits
+// wide, N 64 or 128, T at least 1.
+void ssd_scan_hopper(const SsdScan&, Executor);
+
+}  // namespace bitkernels::cuda
