@@ -45,6 +45,7 @@ def greedy_by_forward(model, prompt, count):
 @pytest.mark.parametrize("chunk", [16, 1000])
 def test_logits_equal_one_forward_for_every_prompt_length(model, chunk, monkeypatch):
     seen = []
+    monkeypatch.setattr(engine_module, "_DecodeGraphs", lambda engine: None)
     monkeypatch.setattr(
         engine_module.Sampler, "sample", lambda self, logits, slots, mode: seen.append(logits) or force(self, slots)
     )
@@ -58,7 +59,6 @@ def test_logits_equal_one_forward_for_every_prompt_length(model, chunk, monkeypa
     for length in range(1, 71):
         seen.clear()
         engine = Engine(model, max_batch=1, prefill_chunk=chunk)
-        engine._graphs = None
         finish(engine, engine.submit(ids[:length], SamplingParams(max_new_tokens=3)))
         assert_close(f"prompt {length}", torch.cat(seen), full[length - 1 : length + 2])
 
@@ -99,6 +99,50 @@ def test_seeds_give_the_same_draws_in_any_batch(model, state_dtype):
     assert together == [alone(model, *pair, **options) for pair in zip(prompts, params, strict=True)]
     other = SamplingParams(12, 0.9, top_k=20, top_p=0.9, seed=4)
     assert alone(model, prompts[0], other, **options) != together[0]
+
+
+class ReplayedCalls(engine_module._DecodeGraphs):
+    """Stands for CUDA graphs: a replay calls what was captured and writes to the same memory."""
+
+    def _graph(self, call):
+        result = call()
+
+        class Graph:
+            @staticmethod
+            def replay():
+                again = call()
+                if result is not None:
+                    result.copy_(again)
+
+        return Graph, result
+
+    def replay(self, slots, mode):
+        return super().replay(slots, mode).clone()  # a GPU's tokens are copied to the host
+
+
+@torch.no_grad()
+def test_steps_that_are_padded_and_read_late():
+    """How a GPU is driven, on a CPU."""
+    model = pack_(BiMambaForCausalLM(SHAPE)).eval()
+    engine = Engine(model, max_batch=6, prefill_chunk=16)
+    engine._graphs, engine._lag = ReplayedCalls(engine), 1
+    assert engine._graphs.sizes == [1, 2, 4, 6]
+    prompts = [torch.randint(50, (n,)) for n in (3, 30, 1, 8, 2, 5, 40, 6)]
+    lengths = [4, 9, 1, 12, 3, 7, 2, 5]
+    requests = []
+    for prompt, length in zip(prompts, lengths, strict=True):
+        params = SamplingParams(length, 0, top_k=3, repetition_penalty=1.0 if length % 2 else 1.0001)
+        requests.append(engine.submit(prompt, params))
+        engine.step()
+    drawn = engine.submit([7], SamplingParams(9, 0.9, top_k=5, seed=2))
+    stopping = engine.submit(prompts[1], SamplingParams(9, 0, stop_tokens=[greedy_by_forward(model, prompts[1], 3)[2]]))
+    finish(engine)
+    for request, length in zip(requests, lengths, strict=True):
+        assert request.tokens == greedy_by_forward(model, request.prompt, length)
+    assert drawn.tokens == alone(model, [7], drawn.params)
+    assert stopping.tokens == alone(model, prompts[1], stopping.params)
+    assert stopping.finish_reason == "stop"
+    assert sorted(engine._free) == list(range(6))
 
 
 @torch.no_grad()
@@ -145,8 +189,8 @@ def test_a_bad_request_errors_alone(model):
 
 
 def test_a_failing_step_ends_what_runs_and_nothing_else(model, monkeypatch):
+    monkeypatch.setattr(engine_module, "_DecodeGraphs", lambda engine: None)
     engine = Engine(model, max_batch=2, prefill_chunk=8)
-    engine._graphs = None
     prompts = [torch.randint(50, (n,)) for n in (3, 20, 4, 5)]
     requests = [engine.submit(prompt, GREEDY) for prompt in prompts]
     engine.step()

@@ -212,7 +212,7 @@ class Engine:
             tokens = self._graphs.replay(slots, mode)
         else:
             slots += [-1] * (self.max_batch - len(slots) if self.batch_invariant else 0)
-            indices = torch.tensor(slots)
+            indices = to_device(torch.tensor(slots), self.device)
             tokens = self._sampler.sample(self._forward(indices), indices, mode)
         self._launched(requests, tokens[: len(requests)])
 
@@ -286,7 +286,7 @@ class _DecodeGraphs:
         self.slots = {size: torch.full((size,), -1, device=engine.device) for size in self.sizes}
         self.held = {size: [-1] * size for size in self.sizes}
         self.tokens = {size: torch.zeros(size, dtype=torch.int64, device=engine.device) for size in self.sizes}
-        self.pool = torch.cuda.graph_pool_handle()
+        self.pool = None  # the memory of the first graph, which all share, since no two run at once
         self.forward: dict[int, torch.cuda.CUDAGraph] = {}
         self.sample: dict[tuple[int, Mode], torch.cuda.CUDAGraph] = {}
         # The garbage collector must not free an older graph, which would invalidate the capture.
@@ -322,6 +322,7 @@ class _DecodeGraphs:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool):
             result = call()
+        self.pool = graph.pool()
         return graph, result
 
     def replay(self, slots: list[int], mode: Mode) -> Tensor:
