@@ -11,7 +11,6 @@ constexpr int kWarps = kThreads / 32;
 constexpr int kGroups = 8;
 
 __device__ bool is_plus(float v) { return v >= 0.0f; }
-__device__ bool is_plus(int8_t v) { return v >= 0; }
 
 template <typename T>
 __global__ void pack_sign_kernel(const T* w, uint32_t* w_packed, int64_t N, int64_t K) {
@@ -49,7 +48,8 @@ __device__ uint32_t spread(uint32_t v) {
 
 // Halves round to even, so +-0.5 is zero.
 template <typename T>
-__global__ void pack_ternary_kernel(const T* w, uint32_t* w_packed, int64_t N, int64_t K) {
+__global__ void pack_ternary_kernel(const T* w, const float* scale, uint32_t* w_packed, int64_t N, int64_t K) {
+  const float factor = scale ? __frcp_rn(*scale) : 1.0f;
   const int64_t words = ceil_div(K, kTernaryPerWord);
   constexpr int kWords = 2 * kGroups;
   const int64_t batches = ceil_div(words, kWords);
@@ -62,7 +62,7 @@ __global__ void pack_ternary_kernel(const T* w, uint32_t* w_packed, int64_t N, i
 #pragma unroll
     for (int i = 0; i < kGroups; ++i) {
       const int64_t k = word * kTernaryPerWord + i * 32 + lane;
-      v[i] = k < K ? to_float(w[n * K + k]) : 0.0f;
+      v[i] = k < K ? to_float(w[n * K + k]) * factor : 0.0f;
     }
     uint32_t two = 0, one = 0;
 #pragma unroll
@@ -112,11 +112,12 @@ void pack_sign(const void* w, DType dtype, uint32_t* w_packed, int64_t N, int64_
   });
 }
 
-void pack_ternary(const void* w, DType dtype, uint32_t* w_packed, int64_t N, int64_t K, Executor stream) {
+void pack_ternary(const void* w, const void* scale, DType dtype, uint32_t* w_packed, int64_t N, int64_t K,
+                  Executor stream) {
   const int64_t items = N * ceil_div(ceil_div(K, kTernaryPerWord), 2 * kGroups);
   dispatch(dtype, [&](auto t) {
     launch(pack_ternary_kernel<decltype(t)>, Grid{blocks_for(items, kWarps), kThreads}, stream,
-           static_cast<const decltype(t)*>(w), w_packed, N, K);
+           static_cast<const decltype(t)*>(w), static_cast<const float*>(scale), w_packed, N, K);
   });
 }
 

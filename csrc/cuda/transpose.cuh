@@ -1,4 +1,5 @@
-// Packed weights transposed, [N, words of K] to [K, words of N]: the backward matmuls then are forward ones.
+// Packed weights transposed, [N, words of K] to [K, words of N]: the backward matmuls then are forward ones. Rows are
+// padded with zero weights to whole 16-byte vectors, whatever N is.
 #pragma once
 
 #include "format.cuh"
@@ -19,6 +20,12 @@ constexpr int kTransposeWarps = 8;                    // each takes 32 rows
 constexpr int kTransposeRows = 32 * kTransposeWarps;  // of a block, which takes as many words of each
 constexpr int kTransposeWords = 8;
 
+// Words of a transposed row.
+template <int kBits>
+__host__ __device__ constexpr int64_t transposed_words(int64_t N) {
+  return ceil_div(ceil_div(N, 32 / kBits), 4) * 4;
+}
+
 // Codes of kBits. A warp votes on the bits of a column of 32 rows; what all warps found leaves as runs of words.
 template <int kBits>
 __global__ void __launch_bounds__(32 * kTransposeWarps)
@@ -33,7 +40,7 @@ __global__ void __launch_bounds__(32 * kTransposeWarps)
   const int lane = threadIdx.x % 32;
   const int warp = threadIdx.x / 32;
   const int64_t words = ceil_div(K, kPerWord);
-  const int64_t out_words = ceil_div(N, kPerWord);
+  const int64_t out_words = transposed_words<kBits>(N);
   const int64_t n = int64_t(blockIdx.x) * kTransposeRows + warp * 32 + lane;
   const int64_t first_word = int64_t(blockIdx.y) * kTransposeWords;
   for (int w = 0; w < kTransposeWords; ++w) {
@@ -64,7 +71,7 @@ __global__ void __launch_bounds__(32 * kTransposeWarps)
 
 template <int kBits>
 int64_t transposed_bytes(int64_t N, int64_t K) {
-  return ceil_div(K * ceil_div(N, 32 / kBits) * int64_t(sizeof(uint32_t)), 256) * 256;
+  return ceil_div(K * transposed_words<kBits>(N) * int64_t(sizeof(uint32_t)), 256) * 256;
 }
 
 template <int kBits>
