@@ -91,8 +91,10 @@ def _backward(ctx, grad, _):
             grad, x, w_packed, alpha, beta, need_scales and not product_needed
         )
     if product_needed:
+        # In bfloat16 as the dense layer's: half the bytes of float32 to write and to read. float16 might overflow.
+        product = weight_product(grad, x, ctx.weight_dtype if grad.dtype == torch.float16 else grad.dtype)
         dweight, signed, total = torch.ops.bitkernels.sign_linear_weight_backward(
-            weight_product(grad, x, ctx.weight_dtype), w_packed, alpha, ctx.weight_dtype, need_weight, need_scales
+            product, w_packed, alpha, ctx.weight_dtype, need_weight, need_scales
         )
         if need_scales:
             dalpha = signed.reshape(alpha.shape).to(alpha.dtype) if column else row_scale_grads(signed, alpha)

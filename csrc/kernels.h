@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <string>
 
 #ifdef BITKERNELS_CUDA
 #include <cuda_runtime_api.h>
@@ -58,6 +59,8 @@ struct PackedLinear {
 };
 int64_t packed_linear_workspace(const PackedLinear&);
 void packed_linear(const PackedLinear&, Executor);
+// Which kernel and tile the call takes here, and why where it is not the fastest: a line of text. Reads no memory.
+std::string explain(const PackedLinear&);
 
 // H[M, K] = dy[M, N] @ S[N, K], D[m] = sum_n dy[m, n], for column scales:
 //   dx = alpha * H + beta * D, dalpha[k] = sum_m x * H, dbeta[k] = sum_m x * D.
@@ -117,6 +120,7 @@ struct TernaryLinear {
 };
 int64_t ternary_linear_workspace(const TernaryLinear&);
 void ternary_linear(const TernaryLinear&, Executor);
+std::string explain(const TernaryLinear&);
 
 // dx[M, K] = scale * (dy[M, N] @ Q[N, K])
 struct TernaryLinearBackward {

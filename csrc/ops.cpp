@@ -12,6 +12,8 @@ STABLE_TORCH_LIBRARY(bitkernels, m) {
   m.def("unpack_ternary(Tensor w_packed, SymInt K, *, ScalarType dtype) -> Tensor");
 
   m.def("packed_linear(Tensor x, Tensor w_packed, Tensor alpha, Tensor beta, Tensor? bias=None) -> Tensor");
+  // Of a call with M tokens of like's dtype on its device; scales is column, row or single.
+  m.def("explain_packed_linear(Tensor like, SymInt M, SymInt N, SymInt K, str scales) -> str");
   m.def(
       "packed_linear_backward(Tensor grad, Tensor x, Tensor w_packed, Tensor alpha, Tensor beta, "
       "bool scale_grads=True) -> "
@@ -29,6 +31,7 @@ STABLE_TORCH_LIBRARY(bitkernels, m) {
   m.def(
       "ternary_linear(Tensor x, Tensor w_packed, Tensor scale, Tensor? bias=None, int? act_bits=None) -> "
       "Tensor");
+  m.def("explain_ternary_linear(Tensor like, SymInt M, SymInt N, SymInt K, int? act_bits=None) -> str");
   m.def("ternary_linear_backward(Tensor grad, Tensor w_packed, Tensor scale, SymInt K) -> Tensor dx");
   m.def(
       "ternary_linear_ste(Tensor x, Tensor weight, Tensor? bias=None, int? act_bits=8) -> "
