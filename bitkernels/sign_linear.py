@@ -83,7 +83,7 @@ def _backward(ctx, grad, _):
     K = x.shape[-1]
     column = is_column_scale(alpha, K)
     dx = dweight = dalpha = dbeta = dbias = None
-    # The product G = dY^T X that makes the weight's gradient holds those of the scales: dalpha sums S * G, dbeta sums G.
+    # The product G = dY^T X that makes the weight's gradient holds those of the scales: dalpha sums S * G, dbeta G.
     need_scales = need_alpha or need_beta
     product_needed = need_weight or (not column and need_scales)
     if need_x or (need_scales and not product_needed):

@@ -24,7 +24,7 @@ bool in_vectors(const T* p, int64_t K) {
 // Elements k .. k + 7 of a row, zero past K.
 template <typename T>
 __device__ Eight<T> load_eight(const T* row, int64_t k, int64_t K, bool vector) {
-  if (vector && k < K) return *reinterpret_cast<const Eight<T>*>(row + k);
+  if (vector) return k < K ? *reinterpret_cast<const Eight<T>*>(row + k) : Eight<T>{};
   Eight<T> eight;
 #pragma unroll
   for (int e = 0; e < kEight; ++e) eight.e[e] = k + e < K ? row[k + e] : from_float<T>(0.0f);
@@ -36,8 +36,8 @@ __device__ void store_eight(T* row, int64_t k, int64_t K, bool vector, const flo
   Eight<T> eight;
 #pragma unroll
   for (int e = 0; e < kEight; ++e) eight.e[e] = from_float<T>(v[e]);
-  if (vector && k < K) {
-    *reinterpret_cast<Eight<T>*>(row + k) = eight;
+  if (vector) {
+    if (k < K) *reinterpret_cast<Eight<T>*>(row + k) = eight;
     return;
   }
 #pragma unroll
