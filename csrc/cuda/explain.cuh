@@ -62,7 +62,8 @@ std::string explain_prepared(const TokenSource& s, const Weights& w) {
   text += "; activations are prepared by a kernel before; slower than others of this size, because ";
   if (!on_hopper()) return text + "this is no GPU of compute capability 9.0, or the library holds no code for 9.0a";
   if (s.dtype == DType::kFloat32) {
-    return text + "beyond " + std::to_string(kMostBitTokens) + " tokens the faster kernels take no fp32 activations";
+    return text + "the faster kernels take fp32 activations of up to " + std::to_string(kMostBitTokens) + " tokens and " +
+           std::to_string(kMostFusedPart) + " columns";
   }
   return text + "a table of column scales for K = " + std::to_string(s.K) + " is too large for shared memory";
 }
