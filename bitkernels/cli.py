@@ -26,6 +26,11 @@ app = typer.Typer(
 _DEMO_PACKED = Path("runs/demo/packed.safetensors")
 
 
+class WeightFormat(str, Enum):
+    binary = "binary"
+    ternary = "ternary"
+
+
 class Scales(str, Enum):
     column = "column"
     row = "row"
