@@ -132,9 +132,9 @@ class Rounds:
         return {"us": round(median, 3), "p20": round(p20, 3), "p80": round(p80, 3)}
 
 
-def memory_read() -> Contender:
+def memory_read(device: str = "cpu") -> Contender:
     """A sum over a gigabyte of integers, which takes as long as memory takes to deliver them."""
-    buffer = torch.ones(2**27, dtype=torch.int64)
+    buffer = torch.ones(2**27, dtype=torch.int64, device=device)
     return Contender("memory read", lambda: buffer.sum, nbytes(buffer))
 
 
@@ -177,6 +177,19 @@ def compare(
     return row
 
 
+def peak_megabytes(call: Call) -> float | None:
+    """What the GPU's allocator hands out during a call, at most, above what it held before."""
+    if not torch.cuda.is_available():
+        return None
+    call()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    result = call()
+    torch.cuda.synchronize()
+    del result
+    return round((torch.cuda.max_memory_allocated() - before) / 1e6, 1)
+
+
 def nbytes(*tensors: Tensor | None) -> int:
     return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
@@ -196,11 +209,17 @@ def on_copies(function: Callable, *args, **kwargs) -> Callable[[], Call]:
 
 
 def with_gradients(function: Callable) -> Callable:
-    """Forward and backward: the gradients of every argument that takes one, for a fixed output gradient."""
+    """Forward and backward: the gradients of every argument that takes one, for a fixed output gradient.
+
+    A random one, made at the first call: a matrix of ones costs the tensor cores less power and therefore less time.
+    """
+    gradients = []
 
     def both(*args, **kwargs):
         leaves = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.requires_grad]
         y = function(*args, **kwargs)
-        return torch.autograd.grad(y, leaves, torch.ones_like(y))
+        if not gradients:
+            gradients.append(torch.randn_like(y))
+        return torch.autograd.grad(y, leaves, gradients[0])
 
     return both

@@ -19,6 +19,7 @@ _PUBLIC = {
     "causal_conv1d": "causal_conv1d",
     "causal_conv1d_step": "causal_conv1d",
     "distill_loss": "distill_loss",
+    "explain": "explain",
     "gated_rms_norm": "gated_rms_norm",
     "mamba2_mixer": "mamba2_mixer",
     "pack_sign": "pack",

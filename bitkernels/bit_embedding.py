@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bitkernels.quantize_int8 import fake_quantize_int8
+from bitkernels.ternary_linear_ste import ternary_scale
 
 
 def bit_embedding(ids: Tensor, weight: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float = 1e-6) -> Tensor:
@@ -31,7 +32,7 @@ def bit_embedding(ids: Tensor, weight: Tensor, norm_weight: Tensor, norm_bias: T
 
 
 def _ternary_rows(ids: Tensor, weight: Tensor) -> Tensor:
-    scale = weight.abs().mean().clamp(min=1e-5)
+    scale = ternary_scale(weight).to(weight.dtype)
     rows = F.embedding(ids, weight)
     return (rows * (1.0 / scale)).round().clamp(-1, 1) * scale
 

@@ -26,6 +26,11 @@ app = typer.Typer(
 _DEMO_PACKED = Path("runs/demo/packed.safetensors")
 
 
+class WeightFormat(str, Enum):
+    binary = "binary"
+    ternary = "ternary"
+
+
 class Scales(str, Enum):
     column = "column"
     row = "row"
@@ -382,6 +387,30 @@ def info(
         if contents:
             console.print()
             _print_pairs(console, contents)
+
+
+@app.command()
+def explain(
+    rows: Annotated[int, typer.Argument(metavar="M", help="Tokens.")],
+    out_features: Annotated[int, typer.Argument(metavar="N", help="Rows of the weights.")],
+    in_features: Annotated[int, typer.Argument(metavar="K", help="Columns of the weights.")],
+    dtype: Annotated[Dtype, typer.Option(help="Of the activations.")] = Dtype.bfloat16,
+    weight_format: Annotated[WeightFormat, typer.Option("--format", help="Of the weights.")] = WeightFormat.binary,
+    scales: Annotated[Scales, typer.Option(help="Axis of the binary scales.")] = Scales.column,
+    act_bits: Annotated[int | None, typer.Option(help="8: int8 activations of ternary weights.")] = None,
+    device: Device = "auto",
+) -> None:
+    """Which kernel a packed matmul of M tokens with weights [N, K] takes, and why."""
+    with _clear_errors():
+        import torch
+
+        import bitkernels
+
+        line = bitkernels.explain(
+            rows, out_features, in_features, getattr(torch, dtype.value), weights=weight_format.value,
+            scales=scales.value, act_bits=act_bits, device=_device(device),
+        )  # fmt: skip
+        typer.echo(line)
 
 
 def _contents(file: Path) -> dict[str, str]:

@@ -38,19 +38,21 @@ def unpack_sign(w_packed: Tensor, K: int, dtype: torch.dtype = torch.float32) ->
     return torch.ops.bitkernels.unpack_sign(w_packed, K, dtype=dtype)
 
 
-def pack_ternary(w: Tensor) -> Tensor:
+def pack_ternary(w: Tensor, scale: Tensor | None = None) -> Tensor:
     """Packs a ternary matrix, two bits each.
 
     Args:
         w: [N, K], int8 or any floating-point dtype; rounded half to even and clipped to -1, 0, 1.
+        scale: [1], what a weight of 1 stands for: packs ``w * (1 / scale)``, computed in float32 (float64 for a
+            float64 ``w``). None stands for 1.
 
     Returns:
         uint32 [N, ceil(K/16)] of codes ``w + 1``, least significant first along K, padding code 1.
 
     Raises:
-        ValueError: ``w`` is not a matrix or of another dtype.
+        ValueError: ``w`` is not a matrix or of another dtype, or ``scale`` is not one floating-point number.
     """
-    return torch.ops.bitkernels.pack_ternary(w)
+    return torch.ops.bitkernels.pack_ternary(w, scale)
 
 
 def unpack_ternary(w_packed: Tensor, K: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -71,7 +73,7 @@ def unpack_ternary(w_packed: Tensor, K: int, dtype: torch.dtype = torch.float32)
 
 
 def _fake_pack(per_word):
-    def fake(w):
+    def fake(w, scale=None):
         return w.new_empty(w.shape[0], (w.shape[1] + per_word - 1) // per_word, dtype=torch.uint32)
 
     return fake

@@ -6,8 +6,6 @@ from torch import Tensor
 from bitkernels._ops import needed_grads
 from bitkernels.packed_linear import is_column_scale, row_scale_grads
 
-ROWS_AT_ONCE = 2048  # whose signs are held dense in the backward
-
 
 def sign_linear(x: Tensor, weight: Tensor, alpha: Tensor, beta: Tensor, bias: Tensor | None = None) -> Tensor:
     """``y = x @ (alpha * sign(weight) + beta)^T + bias`` with the identity as the sign's gradient.
@@ -63,24 +61,20 @@ def _setup_context(ctx, inputs, output):
 
 
 def weight_product(grad: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """``dY^T X`` over all tokens, [N, K] in ``dtype``; sums stay in float32 where the GPU can leave them there."""
+    """``dY^T X`` over all tokens, [N, K]; in float32 where ``dtype`` is and the GPU can leave its sums there."""
     grad, x = (grad.flatten(0, -2), x.flatten(0, -2)) if grad.dim() > 1 else (grad[None], x[None])
     if grad.is_cuda and grad.dtype != dtype == torch.float32:
         return torch.mm(grad.t(), x, out_dtype=dtype)
-    return (grad.t() @ x).to(dtype)
+    return grad.t() @ x
 
 
-def signed_sums(product: Tensor, w_packed: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """Sums of ``S * G`` and of ``G`` [N, K] over dim, in float32 or wider; signs are dense for some rows at a time."""
-    wide = torch.promote_types(product.dtype, torch.float32)
-    signed, total = [], []
-    for rows, packed in zip(product.split(ROWS_AT_ONCE), w_packed.split(ROWS_AT_ONCE), strict=True):
-        signs = torch.ops.bitkernels.unpack_sign(packed, product.shape[1], dtype=product.dtype)
-        signed.append(signs.mul_(rows).sum(dim, dtype=wide))
-        total.append(rows.sum(dim, dtype=wide))
-    if dim == 1:
-        return torch.cat(signed), torch.cat(total)
-    return torch.stack(signed).sum(0), torch.stack(total).sum(0)
+@torch.library.register_fake("bitkernels::sign_linear_weight_backward")
+def _(product, w_packed, alpha, weight_dtype, need_weight=True, need_scales=True):
+    N, K = product.shape
+    wide = torch.float64 if product.dtype == torch.float64 else torch.float32
+    sums = (K if is_column_scale(alpha, K) else N) if need_scales else 0
+    dweight = product.new_empty((N, K) if need_weight else 0, dtype=weight_dtype)
+    return dweight, product.new_empty(sums, dtype=wide), product.new_empty(sums, dtype=wide)
 
 
 def _backward(ctx, grad, _):
@@ -89,24 +83,31 @@ def _backward(ctx, grad, _):
     K = x.shape[-1]
     column = is_column_scale(alpha, K)
     dx = dweight = dalpha = dbeta = dbias = None
-    # The weight's gradient G = dY^T X holds those of the scales: dalpha sums S * G, dbeta sums G.
-    product_needed = need_weight or (not column and (need_alpha or need_beta))
-    scales_of_product = product_needed and (need_alpha or need_beta)
-    if need_x or ((need_alpha or need_beta) and not product_needed):
+    # The product G = dY^T X that makes the weight's gradient holds those of the scales: dalpha sums S * G, dbeta G.
+    need_scales = need_alpha or need_beta
+    product_needed = need_weight or (not column and need_scales)
+    if need_x or (need_scales and not product_needed):
         dx, dalpha, dbeta = torch.ops.bitkernels.packed_linear_backward(
-            grad, x, w_packed, alpha, beta, (need_alpha or need_beta) and not product_needed
+            grad, x, w_packed, alpha, beta, need_scales and not product_needed
         )
     if product_needed:
-        product = weight_product(grad, x, ctx.weight_dtype)
-        if scales_of_product:
-            signed, total = signed_sums(product, w_packed, 0 if column else 1)
+        # In bfloat16 as the dense layer's: half the bytes of float32 to write and to read. float16 might overflow.
+        product = weight_product(grad, x, ctx.weight_dtype if grad.dtype == torch.float16 else grad.dtype)
+        dweight, signed, total = torch.ops.bitkernels.sign_linear_weight_backward(
+            product, w_packed, alpha, ctx.weight_dtype, need_weight, need_scales
+        )
+        if need_scales:
             dalpha = signed.reshape(alpha.shape).to(alpha.dtype) if column else row_scale_grads(signed, alpha)
             dbeta = total.reshape(beta.shape).to(beta.dtype) if column else row_scale_grads(total, beta)
-        if need_weight:
-            dweight = product * alpha.to(ctx.weight_dtype)
     if need_bias:
         dbias = grad.sum(tuple(range(grad.dim() - 1))).to(ctx.bias_dtype)
-    return dx if need_x else None, dweight, dalpha if need_alpha else None, dbeta if need_beta else None, dbias
+    return (
+        dx if need_x else None,
+        dweight if need_weight else None,
+        dalpha if need_alpha else None,
+        dbeta if need_beta else None,
+        dbias,
+    )
 
 
 torch.library.register_autograd("bitkernels::sign_linear", _backward, setup_context=_setup_context)

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from bitkernels._ops import needed_grads
 from bitkernels.quantize_int8 import fake_quantize_int8
+from bitkernels.sign_linear import weight_product
 
 
 def ternary_linear_ste(x: Tensor, weight: Tensor, bias: Tensor | None = None, act_bits: int | None = 8) -> Tensor:
@@ -29,11 +30,16 @@ def ternary_linear_ste(x: Tensor, weight: Tensor, bias: Tensor | None = None, ac
     return torch.ops.bitkernels.ternary_linear_ste(x, weight, bias, act_bits)[0]
 
 
+def ternary_scale(weight: Tensor) -> Tensor:
+    """``1/s = max(mean|W|, 1e-5)`` of a latent weight, shape [1], fp32 or wider."""
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    return (torch.linalg.vector_norm(weight, 1, dtype=wide) / weight.numel()).clamp(min=1e-5).reshape(1)
+
+
 def quantize_ternary(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """A latent weight [N, K] to packed ternary weights and their scale [1] (``1/s``), fp32 or wider."""
-    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    scale = wide.abs().mean().clamp(min=1e-5)
-    return torch.ops.bitkernels.pack_ternary(wide * (1.0 / scale)), scale.reshape(1)
+    """A latent weight [N, K] to packed ternary weights and their scale [1]; writes nothing of the weight's size."""
+    scale = ternary_scale(weight)
+    return torch.ops.bitkernels.pack_ternary(weight, scale), scale
 
 
 @torch.library.impl("bitkernels::ternary_linear_ste", "CompositeExplicitAutograd")
@@ -72,8 +78,7 @@ def _backward(ctx, grad, *_):
         dx = torch.ops.bitkernels.ternary_linear_backward(grad, w_packed, scale, x.shape[-1])
     if need_weight:
         x = fake_quantize_int8(x) if ctx.act_bits == 8 else x
-        product = grad.flatten(0, -2).t() @ x.flatten(0, -2) if grad.dim() > 1 else torch.outer(grad, x)
-        dweight = product.to(ctx.weight_dtype)
+        dweight = weight_product(grad, x, ctx.weight_dtype).to(ctx.weight_dtype)
     if need_bias:
         dbias = grad.sum(tuple(range(grad.dim() - 1))).to(ctx.bias_dtype)
     return dx, dweight, dbias, None

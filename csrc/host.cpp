@@ -207,7 +207,13 @@ PYBIND11_MODULE(host, m) {
       [](const py::array& w, int64_t K) { return unpack("unpack_sign", w, K, kSignsPerWord, cpu::unpack_sign); },
       py::arg("w_packed"), py::arg("K"), "Unpacks uint32 [N, ceil(K/32)] into float32 [N, K] of -1 and +1.");
   m.def(
-      "pack_ternary", [](const py::array& w) { return pack("pack_ternary", w, kTernaryPerWord, cpu::pack_ternary); },
+      "pack_ternary",
+      [](const py::array& w) {
+        return pack("pack_ternary", w, kTernaryPerWord,
+                    [](const void* w, DType dtype, uint32_t* w_packed, int64_t N, int64_t K, const ParallelFor& run) {
+                      cpu::pack_ternary(w, nullptr, dtype, w_packed, N, K, run);
+                    });
+      },
       py::arg("w"),
       "Packs w float32 [N, K] into uint32 [N, ceil(K/16)]: 2-bit codes clip(round(w), -1, 1) + 1, padding code 1.");
   m.def(

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <string>
 
 #ifdef BITKERNELS_CUDA
 #include <cuda_runtime_api.h>
@@ -39,7 +40,8 @@ using Executor = const ParallelFor&;
 
 void pack_sign(const void* w, DType dtype, uint32_t* w_packed, int64_t N, int64_t K, Executor);
 void unpack_sign(const uint32_t* w_packed, void* w, DType dtype, int64_t N, int64_t K, Executor);
-void pack_ternary(const void* w, DType dtype, uint32_t* w_packed, int64_t N, int64_t K, Executor);
+// Codes of w, or of w * (1 / scale[0]) in fp32 where a scale is given.
+void pack_ternary(const void* w, const void* scale, DType dtype, uint32_t* w_packed, int64_t N, int64_t K, Executor);
 void unpack_ternary(const uint32_t* w_packed, void* w, DType dtype, int64_t N, int64_t K, Executor);
 
 // y[M, N] = x[M, K] @ (alpha * S + beta)[N, K]^T + bias[N]
@@ -57,6 +59,8 @@ struct PackedLinear {
 };
 int64_t packed_linear_workspace(const PackedLinear&);
 void packed_linear(const PackedLinear&, Executor);
+// Which kernel and tile the call takes here, and why where it is not the fastest: a line of text. Reads no memory.
+std::string explain(const PackedLinear&);
 
 // H[M, K] = dy[M, N] @ S[N, K], D[m] = sum_n dy[m, n], for column scales:
 //   dx = alpha * H + beta * D, dalpha[k] = sum_m x * H, dbeta[k] = sum_m x * D.
@@ -79,8 +83,27 @@ struct PackedLinearBackward {
 int64_t packed_linear_backward_workspace(const PackedLinearBackward&);
 void packed_linear_backward(const PackedLinearBackward&, Executor);
 
+// What the product G[N, K] = dy^T x gives: dweight = alpha * G, and the sums of S * G (dalpha) and of G (dbeta), over n
+// for column scales and over k for the others, where a single scale's sum over n is then left to the caller.
+struct SignLinearWeightBackward {
+  const void* product;       // [N, K] dtype
+  const uint32_t* w_packed;  // [N, ceil(K / 32)]
+  const void* alpha;         // [K], [N] or [1] by axis
+  void* dweight;             // [N, K] weight_dtype or null
+  void* dalpha;              // [K] for column scales, else [N], or null
+  void* dbeta;               // as dalpha
+  void* workspace;
+  DType dtype, weight_dtype;
+  ScaleAxis axis;
+  int64_t N, K;
+};
+int64_t sign_linear_weight_backward_workspace(const SignLinearWeightBackward&);
+void sign_linear_weight_backward(const SignLinearWeightBackward&, Executor);
+
 // Per-token int8: scale = 127 / max(absmax, 1e-5), q = clip(round_half_even(x * scale), -128, 127), in fp32.
 void quantize_int8(const void* x, DType dtype, int8_t* q, float* scale, int64_t M, int64_t K, Executor);
+// y = q / scale, rounded to dtype.
+void fake_quantize_int8(const void* x, void* y, DType dtype, int64_t M, int64_t K, Executor);
 
 // y[M, N] = x[M, K] @ (scale * Q)[N, K]^T + bias[N]. With int8 activations the sum is an exact
 // int32 and y = float(sum) * (scale / act_scale[m]) + bias, each step rounded once in fp32.
@@ -97,6 +120,7 @@ struct TernaryLinear {
 };
 int64_t ternary_linear_workspace(const TernaryLinear&);
 void ternary_linear(const TernaryLinear&, Executor);
+std::string explain(const TernaryLinear&);
 
 // dx[M, K] = scale * (dy[M, N] @ Q[N, K])
 struct TernaryLinearBackward {

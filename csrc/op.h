@@ -93,6 +93,11 @@ inline void check_packed(const char* op, const Tensor& w_packed, int64_t K, int6
   check_packed_shape(op, w_packed.sizes(), K, per_word);
 }
 
+// Sizes that come without a tensor.
+inline void check_sizes(const char* op, int64_t M, int64_t N, int64_t K) {
+  check_argument(M > 0 && N > 0 && K > 0, op, ": M, N and K must be positive, got ", M, ", ", N, " and ", K);
+}
+
 // Rows of a [..., width] tensor.
 inline int64_t rows(const Tensor& t) {
   int64_t n = 1;

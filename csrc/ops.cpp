@@ -8,10 +8,12 @@ STABLE_TORCH_LIBRARY(bitkernels, m) {
 
   m.def("pack_sign(Tensor w) -> Tensor");
   m.def("unpack_sign(Tensor w_packed, SymInt K, *, ScalarType dtype) -> Tensor");
-  m.def("pack_ternary(Tensor w) -> Tensor");
+  m.def("pack_ternary(Tensor w, Tensor? scale=None) -> Tensor");
   m.def("unpack_ternary(Tensor w_packed, SymInt K, *, ScalarType dtype) -> Tensor");
 
   m.def("packed_linear(Tensor x, Tensor w_packed, Tensor alpha, Tensor beta, Tensor? bias=None) -> Tensor");
+  // Of a call with M tokens of like's dtype on its device; scales is column, row or single.
+  m.def("explain_packed_linear(Tensor like, SymInt M, SymInt N, SymInt K, str scales) -> str");
   m.def(
       "packed_linear_backward(Tensor grad, Tensor x, Tensor w_packed, Tensor alpha, Tensor beta, "
       "bool scale_grads=True) -> "
@@ -19,11 +21,17 @@ STABLE_TORCH_LIBRARY(bitkernels, m) {
   m.def(
       "sign_linear(Tensor x, Tensor weight, Tensor alpha, Tensor beta, Tensor? bias=None) -> "
       "(Tensor y, Tensor w_packed)");
+  // An output that is not needed is an empty tensor.
+  m.def(
+      "sign_linear_weight_backward(Tensor product, Tensor w_packed, Tensor alpha, ScalarType weight_dtype, "
+      "bool need_weight=True, bool need_scales=True) -> (Tensor dweight, Tensor dalpha, Tensor dbeta)");
 
   m.def("quantize_int8(Tensor x) -> (Tensor q, Tensor scale)");
+  m.def("fake_quantize_int8(Tensor x) -> Tensor");
   m.def(
       "ternary_linear(Tensor x, Tensor w_packed, Tensor scale, Tensor? bias=None, int? act_bits=None) -> "
       "Tensor");
+  m.def("explain_ternary_linear(Tensor like, SymInt M, SymInt N, SymInt K, int? act_bits=None) -> str");
   m.def("ternary_linear_backward(Tensor grad, Tensor w_packed, Tensor scale, SymInt K) -> Tensor dx");
   m.def(
       "ternary_linear_ste(Tensor x, Tensor weight, Tensor? bias=None, int? act_bits=8) -> "

@@ -9,16 +9,9 @@ DType ternary_dtype(const char* op, const char* argument, ScalarType dtype) {
   return dtype == ScalarType::Char ? DType::kInt8 : kernel_dtype(op, argument, dtype);
 }
 
-template <typename Kernel>
-Tensor pack(const char* op, const Tensor& w, DType dtype, int64_t per_word, const Kernel& kernel) {
+Tensor new_packed(const char* op, const Tensor& w, int64_t per_word) {
   check_argument(w.dim() == 2, op, ": w must be [N, K], got ", shape(w));
-  const int64_t N = w.size(0), K = w.size(1);
-  Tensor packed = torch::stable::new_empty(w, {N, ceil_div(K, per_word)}, ScalarType::UInt32);
-  if (packed.numel() == 0) return packed;
-  const Tensor wd = dense(w);
-  const Launch launch(w);
-  kernel(wd.const_data_ptr(), dtype, static_cast<uint32_t*>(packed.mutable_data_ptr()), N, K, launch);
-  return packed;
+  return torch::stable::new_empty(w, {w.size(0), ceil_div(w.size(1), per_word)}, ScalarType::UInt32);
 }
 
 template <typename Kernel>
@@ -37,7 +30,14 @@ Tensor unpack(const char* op, const Tensor& w_packed, int64_t K, ScalarType type
 
 Tensor pack_sign(const Tensor& w) {
   constexpr const char* op = "pack_sign";
-  return pack(op, w, kernel_dtype(op, "w", w.scalar_type()), kSignsPerWord, BITKERNELS_BACKEND::pack_sign);
+  const DType dtype = kernel_dtype(op, "w", w.scalar_type());
+  Tensor packed = new_packed(op, w, kSignsPerWord);
+  if (packed.numel() == 0) return packed;
+  const Tensor wd = dense(w);
+  const Launch launch(w);
+  BITKERNELS_BACKEND::pack_sign(wd.const_data_ptr(), dtype, static_cast<uint32_t*>(packed.mutable_data_ptr()),
+                                w.size(0), w.size(1), launch);
+  return packed;
 }
 
 Tensor unpack_sign(const Tensor& w_packed, int64_t K, ScalarType dtype) {
@@ -46,9 +46,22 @@ Tensor unpack_sign(const Tensor& w_packed, int64_t K, ScalarType dtype) {
                 BITKERNELS_BACKEND::unpack_sign);
 }
 
-Tensor pack_ternary(const Tensor& w) {
+Tensor pack_ternary(const Tensor& w, const std::optional<Tensor>& scale) {
   constexpr const char* op = "pack_ternary";
-  return pack(op, w, ternary_dtype(op, "w", w.scalar_type()), kTernaryPerWord, BITKERNELS_BACKEND::pack_ternary);
+  const DType dtype = ternary_dtype(op, "w", w.scalar_type());
+  if (scale) {
+    check_same_device(op, "scale", *scale, w);
+    check_floating(op, "scale", *scale);
+    check_argument(scale->numel() == 1, op, ": scale must be of shape [1], got ", shape(*scale));
+  }
+  Tensor packed = new_packed(op, w, kTernaryPerWord);
+  if (packed.numel() == 0) return packed;
+  const Tensor wd = dense(w);
+  const std::optional<Tensor> sd = as_dtype(scale, scale_type(w.scalar_type()));
+  const Launch launch(w);
+  BITKERNELS_BACKEND::pack_ternary(wd.const_data_ptr(), data_or_null(sd), dtype,
+                                   static_cast<uint32_t*>(packed.mutable_data_ptr()), w.size(0), w.size(1), launch);
+  return packed;
 }
 
 Tensor unpack_ternary(const Tensor& w_packed, int64_t K, ScalarType dtype) {

@@ -109,10 +109,36 @@ std::tuple<Tensor, Tensor, Tensor> packed_linear_backward(const Tensor& grad, co
   return {dx, as_dtype(dalpha, alpha.scalar_type()), as_dtype(dbeta, alpha.scalar_type())};
 }
 
+// A stand-in for scales, of which only the presence counts.
+constexpr float kPresent = 1.0f;
+
+std::string explain_packed_linear(const Tensor& like, int64_t M, int64_t N, int64_t K, const std::string& scales) {
+  constexpr const char* op = "explain";
+  check_sizes(op, M, N, K);
+  check_argument(scales == "column" || scales == "row" || scales == "single", op,
+                 ": scales must be column, row or single, got ", scales);
+  const Launch launch(like);
+  return BITKERNELS_BACKEND::explain(BITKERNELS_BACKEND::PackedLinear{
+      .x = nullptr,
+      .w_packed = nullptr,
+      .alpha = &kPresent,
+      .beta = &kPresent,
+      .bias = nullptr,
+      .y = nullptr,
+      .workspace = nullptr,
+      .dtype = kernel_dtype(op, "dtype", like.scalar_type()),
+      .axis = scales == "column" ? ScaleAxis::kColumn : scales == "row" ? ScaleAxis::kRow : ScaleAxis::kSingle,
+      .M = M,
+      .N = N,
+      .K = K,
+  });
+}
+
 }  // namespace
 }  // namespace bitkernels
 
 STABLE_TORCH_LIBRARY_IMPL(bitkernels, BITKERNELS_DISPATCH_KEY, m) {
   m.impl("packed_linear", TORCH_BOX(&bitkernels::packed_linear));
+  m.impl("explain_packed_linear", TORCH_BOX(&bitkernels::explain_packed_linear));
   m.impl("packed_linear_backward", TORCH_BOX(&bitkernels::packed_linear_backward));
 }

@@ -1,4 +1,4 @@
-// quantize_int8: checks, allocation, dispatch.
+// quantize_int8, fake_quantize_int8: checks, allocation, dispatch.
 #include <tuple>
 
 #include "op.h"
@@ -21,9 +21,22 @@ std::tuple<Tensor, Tensor> quantize_int8(const Tensor& x) {
   return {q, scale};
 }
 
+Tensor fake_quantize_int8(const Tensor& x) {
+  constexpr const char* op = "fake_quantize_int8";
+  const DType dtype = kernel_dtype(op, "x", x.scalar_type());
+  check_argument(x.dim() >= 1, op, ": x must have at least one dimension");
+  Tensor y = torch::stable::new_empty(x, x.sizes());
+  if (y.numel() == 0) return y;
+  const Tensor xd = dense(x);
+  const Launch launch(x);
+  BITKERNELS_BACKEND::fake_quantize_int8(xd.const_data_ptr(), y.mutable_data_ptr(), dtype, rows(x), x.size(-1), launch);
+  return y;
+}
+
 }  // namespace
 }  // namespace bitkernels
 
 STABLE_TORCH_LIBRARY_IMPL(bitkernels, BITKERNELS_DISPATCH_KEY, m) {
   m.impl("quantize_int8", TORCH_BOX(&bitkernels::quantize_int8));
+  m.impl("fake_quantize_int8", TORCH_BOX(&bitkernels::fake_quantize_int8));
 }

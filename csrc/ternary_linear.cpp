@@ -88,10 +88,32 @@ Tensor ternary_linear_backward(const Tensor& grad, const Tensor& w_packed, const
   return dx;
 }
 
+std::string explain_ternary_linear(const Tensor& like, int64_t M, int64_t N, int64_t K,
+                                   std::optional<int64_t> act_bits) {
+  constexpr const char* op = "explain";
+  check_sizes(op, M, N, K);
+  check_argument(!act_bits || *act_bits == 8, op, ": act_bits must be None or 8, got ", act_bits.value_or(0));
+  const Launch launch(like);
+  return BITKERNELS_BACKEND::explain(BITKERNELS_BACKEND::TernaryLinear{
+      .x = nullptr,
+      .w_packed = nullptr,
+      .scale = nullptr,
+      .bias = nullptr,
+      .y = nullptr,
+      .workspace = nullptr,
+      .dtype = kernel_dtype(op, "dtype", like.scalar_type()),
+      .int8_activations = act_bits.has_value(),
+      .M = M,
+      .N = N,
+      .K = K,
+  });
+}
+
 }  // namespace
 }  // namespace bitkernels
 
 STABLE_TORCH_LIBRARY_IMPL(bitkernels, BITKERNELS_DISPATCH_KEY, m) {
   m.impl("ternary_linear", TORCH_BOX(&bitkernels::ternary_linear));
+  m.impl("explain_ternary_linear", TORCH_BOX(&bitkernels::explain_ternary_linear));
   m.impl("ternary_linear_backward", TORCH_BOX(&bitkernels::ternary_linear_backward));
 }

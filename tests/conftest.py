@@ -18,9 +18,9 @@ def device(request):
 
 @pytest.fixture(autouse=True)
 def poisoned_memory():
-    """Fresh memory holds NaN (and the largest integer), so an element nobody wrote shows."""
+    """Fresh memory holds NaN (and the largest integer), so an element nobody wrote shows. BITKERNELS_POISON=0: not."""
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.utils.deterministic.fill_uninitialized_memory = os.environ.get("BITKERNELS_POISON") != "0"
     torch.manual_seed(0)
     yield
     torch.use_deterministic_algorithms(False)

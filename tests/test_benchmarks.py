@@ -2,6 +2,8 @@ import importlib.util
 import json
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -40,6 +42,24 @@ def test_render_writes_and_check_notices(tmp_path, monkeypatch):
     assert "with local changes" in page
     assert "| absent |" in page
     assert "- missing: not installed." in page
+
+
+def test_plot_draws_a_curve_where_one_was_measured(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    plot = load("plot")
+    monkeypatch.setattr(plot, "ROOT", tmp_path)
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "benchmarks" / "results").mkdir(parents=True)
+    peers = {"peer": {"us": 9.0}, "missing": {"absent": "not installed"}}
+    rows = [{"case": f"a layer, M={M}", "shape": [M, 64, 64], "us": 5.0 + M, "peers": peers} for M in range(1, 12)]
+    short = [{"case": "another, M=1", "shape": [1, 64, 64], "us": 5.0, "peers": {}}]
+    read = [{"case": "memory read", "us": 1.0, "GB/s": 4000.0, "peers": {}}]
+    content = {"machine": "m", "device": "cuda", "ops": {"packed_linear": {"rows": [*rows, *short, *read]}}}
+    (tmp_path / "benchmarks" / "results" / "m.json").write_text(json.dumps(content))
+    assert list(plot.curves(content["ops"]["packed_linear"]["rows"])) == ["a layer"]
+    assert plot.floor([1, 64, 64], 1000.0, 1e9) == pytest.approx((64 * 2 * 4 + 2 * 128 + 8 * 64) / 1000)
+    assert plot.main() == [tmp_path / "docs" / "packed_linear_m.png"]
+    assert plot.main()[0].stat().st_size > 1000
 
 
 def test_results_are_replaced_an_operator_at_a_time(tmp_path, monkeypatch):

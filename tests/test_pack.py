@@ -5,7 +5,21 @@ from helpers import check_compile, check_cuda_graph, noncontiguous, opcheck
 import bitkernels
 from bitkernels import reference
 
-SIZES = [(0, 5), (5, 0), (1, 1), (3, 31), (3, 32), (3, 33), (7, 15), (7, 16), (7, 17), (65, 100), (2, 1000)]
+SIZES = [
+    (0, 5),
+    (5, 0),
+    (1, 1),
+    (3, 31),
+    (3, 32),
+    (3, 33),
+    (7, 15),
+    (7, 16),
+    (7, 17),
+    (65, 100),
+    (2, 1000),
+    (3, 2056),
+    (3, 2060),
+]
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -20,6 +34,7 @@ def ternary(n, k, dtype, device):
     return torch.randint(-1, 2, (n, k), device=device).to(dtype)
 
 
+@pytest.mark.memcheck
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize(("n", "k"), SIZES)
 def test_sign_round_trip(n, k, dtype, device):
@@ -29,6 +44,7 @@ def test_sign_round_trip(n, k, dtype, device):
     assert torch.equal(bitkernels.unpack_sign(packed, k, dtype), torch.where(w >= 0, 1, -1).to(dtype))
 
 
+@pytest.mark.memcheck
 @pytest.mark.parametrize("dtype", [*FLOATS, torch.int8], ids=str)
 @pytest.mark.parametrize(("n", "k"), SIZES)
 def test_ternary_round_trip(n, k, dtype, device):
@@ -44,6 +60,17 @@ def test_ternary_rounds_half_to_even_and_clips(device):
     assert unpacked.tolist() == [[-1, -1, -1, 0, 0, 1, 1, 1]]
 
 
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_ternary_of_a_scaled_matrix(dtype, device):
+    w = (torch.randn(7, 70, device=device) * 3).to(dtype)
+    scale = torch.full((1,), 1.7, device=device)
+    packed = bitkernels.pack_ternary(w, scale)
+    scaled = w.cpu().float() * (1.0 / scale.cpu())
+    assert torch.equal(packed.cpu().view(torch.int32), reference.pack_ternary(scaled).view(torch.int32))
+    with pytest.raises(ValueError, match=r"pack_ternary: scale must be of shape \[1\], got \[2\]"):
+        bitkernels.pack_ternary(w, torch.ones(2, device=device))
+
+
 def test_noncontiguous(device):
     w = signs(9, 70, torch.float32, device)
     for view in (noncontiguous(w), w.t().contiguous().t()):
@@ -57,6 +84,7 @@ def test_opcheck(device):
     ops = torch.ops.bitkernels
     opcheck(ops.pack_sign.default, (w,), grad=False)
     opcheck(ops.pack_ternary.default, (w,), grad=False)
+    opcheck(ops.pack_ternary.default, (w, torch.ones(1, device=device)), grad=False)
     opcheck(ops.unpack_sign.default, (ops.pack_sign(w), 37), {"dtype": torch.bfloat16}, grad=False)
     opcheck(ops.unpack_ternary.default, (ops.pack_ternary(w), 37), {"dtype": torch.int8}, grad=False)
 

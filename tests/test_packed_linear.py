@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from dataclasses import dataclass
 
 import pytest
@@ -251,3 +253,27 @@ def test_mixed_devices():
     x, w_packed, alpha, beta, bias = inputs(Case((2,), 20, 40, bias=True), "cuda", torch.float32)
     with pytest.raises(ValueError, match="packed_linear: alpha must be on the device"):
         bitkernels.packed_linear(x, w_packed, alpha.cpu(), beta, bias)
+
+
+_FIRST_CALLS = """
+import time, torch, bitkernels
+w_packed = bitkernels.pack_sign(torch.randn(10576, 2560, device="cuda"))
+alpha = torch.rand(2560, device="cuda")
+for M in (1, 3, 8, 17, 100, 700, 4096):
+    x = torch.randn(M, 2560, device="cuda", dtype=torch.bfloat16)
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    bitkernels.packed_linear(x, w_packed, alpha, alpha)
+    torch.cuda.synchronize()
+    print(time.perf_counter() - begin)
+"""
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is visible")
+def test_first_call_of_a_shape_takes_less_than_two_seconds():
+    """Nothing is tuned at run time. A process of its own: in this one the kernels may have run before."""
+    if bitkernels.build_info()["CUDA library"] != "built":
+        pytest.skip("Triton compiles its kernels at their first call")
+    done = subprocess.run([sys.executable, "-c", _FIRST_CALLS], capture_output=True, text=True, check=True)
+    assert max(map(float, done.stdout.split())) < 2

@@ -19,6 +19,17 @@ def test_equals_the_reference_to_the_bit(shape, dtype, device):
     assert torch.equal(scale.cpu(), scale_ref)
 
 
+@pytest.mark.memcheck
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1,), (3, 31), (4, 32), (2, 3, 257), (2, 2560), (0, 7)], ids=str)
+def test_fake_quantisation_is_there_and_back_to_the_bit(shape, dtype, device):
+    x = (torch.randn(shape, device=device) * 3).to(dtype)
+    q, scale = reference.quantize_int8(x.cpu())
+    y = torch.ops.bitkernels.fake_quantize_int8(x)
+    assert torch.equal(y.cpu(), (q.float() / scale.unsqueeze(-1)).to(dtype))
+    opcheck(torch.ops.bitkernels.fake_quantize_int8.default, (x,), grad=False)
+
+
 def test_ties_round_to_even_and_tiny_rows_use_the_floor(device):
     x = torch.tensor(
         [[127.0, 0.5, 1.5, 2.5, -0.5, -1.5], [0.0, 0, 0, 0, 0, 0], [1e-6, 0, 0, 0, 0, -1e-6]], device=device

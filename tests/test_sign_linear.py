@@ -62,6 +62,48 @@ def test_value_and_gradients(case, dtype, latent, device):
             assert_close(f"d{name}", t.grad, t_ref.grad, tolerance)
 
 
+@pytest.mark.memcheck
+@pytest.mark.parametrize("scales", ["column", "row", "single"])
+@pytest.mark.parametrize("latent", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (5, 33), (65, 264), (300, 520)], ids=str)
+def test_weight_backward(shape, dtype, latent, scales, device):
+    N, K = shape
+    product = torch.randn(N, K, device=device).to(dtype)
+    _, weight, alpha, _, _ = inputs(Case((), N, K, scales), device, dtype)
+    w_packed = bitkernels.pack_sign(weight)
+    dweight, dalpha, dbeta = torch.ops.bitkernels.sign_linear_weight_backward(product, w_packed, alpha, latent)
+    wide_product, wide_alpha = wide(product, alpha)
+    signed = wide_product * torch.where(weight.cpu() >= 0, 1.0, -1.0)
+    over = 0 if scales == "column" else 1
+    assert dweight.dtype == latent
+    assert_close("dweight", dweight, wide_product * wide_alpha)
+    assert dalpha.dtype == dbeta.dtype == torch.float32
+    tolerance = TOLERANCE[torch.float32] * max(cancellation(t) for t in (*signed.unbind(1 - over), signed))
+    assert_close("dalpha", dalpha, signed.sum(over), tolerance)
+    assert_close("dbeta", dbeta, wide_product.sum(over), tolerance)
+    only_weight = torch.ops.bitkernels.sign_linear_weight_backward(product, w_packed, alpha, latent, True, False)
+    only_scales = torch.ops.bitkernels.sign_linear_weight_backward(product, w_packed, alpha, latent, False, True)
+    assert torch.equal(only_weight[0], dweight)
+    assert torch.equal(only_scales[1], dalpha)
+    assert [t.numel() for t in (only_weight[1], only_weight[2], only_scales[0])] == [0, 0, 0]
+
+
+def test_weight_backward_opcheck_and_bad_input(device):
+    product, alpha = torch.randn(20, 40, device=device), torch.ones(20, 1, device=device)
+    w_packed = bitkernels.pack_sign(product)
+    op = torch.ops.bitkernels.sign_linear_weight_backward
+    for needed in ((True, True), (True, False), (False, True)):
+        opcheck(op.default, (product, w_packed, alpha, torch.bfloat16, *needed), grad=False)
+    assert torch.equal(
+        op(noncontiguous(product), w_packed, alpha, torch.float32)[1], op(product, w_packed, alpha, torch.float32)[1]
+    )
+    with pytest.raises(ValueError, match=r"sign_linear_weight_backward: product must be \[N, K\]"):
+        op(product[0], w_packed, alpha, torch.float32)
+    with pytest.raises(ValueError, match="sign_linear_weight_backward: w_packed must have N = 19 rows, got 20"):
+        op(product[:19], w_packed, alpha[:19], torch.float32)
+
+
 @pytest.mark.parametrize("scales", ["column", "row", "single"])
 def test_gradients_in_float64(scales):
     """gradcheck for what is smooth; the latent weight's gradient is the straight-through estimate by definition."""

@@ -6,13 +6,13 @@ from torch import Tensor, nn
 
 from bitkernels import (
     bit_embedding,
-    pack_ternary,
     quantize_int8,
     ternary_linear,
     ternary_linear_ste,
     unpack_ternary,
 )
 from bitkernels.nn.common import autocast_activation, check_finite, check_width
+from bitkernels.ternary_linear_ste import quantize_ternary
 
 _CODES_PER_WORD = 16
 
@@ -20,16 +20,6 @@ NORM_EPS = 1e-6
 
 # Of a ternary weight, as the papers count them: log2(3), rounded.
 TERNARY_BITS = 1.58
-
-
-@torch.no_grad()
-def ternary_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Latent weight -> packed ``clip(round(W s), -1, 1)`` and the multiplier ``1 / s``, shape [1].
-
-    ``s = 1 / max(mean |W|, 1e-5)``, in fp32 and in this order, as the training ops have it.
-    """
-    scale = weight.float().abs().mean().clamp(min=1e-5)
-    return pack_ternary((weight.float() * (1.0 / scale)).round().clamp(-1, 1)), scale.reshape(1)
 
 
 class BitLinear(nn.Module):
@@ -112,7 +102,7 @@ class PackedBitLinear(nn.Module):
         """Packs ``layer``; ``name`` is what an error calls it."""
         check_finite(name, weight=layer.weight, norm_weight=layer.norm_weight, bias=layer.bias)
         packed = cls.empty_like(layer)
-        packed.w_packed, packed.scale = ternary_weight(layer.weight)
+        packed.w_packed, packed.scale = quantize_ternary(layer.weight)
         packed.norm_weight.copy_(layer.norm_weight)
         if layer.bias is not None:
             packed.bias.copy_(layer.bias)
@@ -202,7 +192,7 @@ class PackedBitEmbedding(nn.Module):
         """Packs ``layer``; ``name`` is what an error calls it."""
         check_finite(name, weight=layer.weight, norm_weight=layer.norm_weight, norm_bias=layer.norm_bias)
         packed = cls.empty_like(layer)
-        packed.w_packed, packed.scale = ternary_weight(layer.weight)
+        packed.w_packed, packed.scale = quantize_ternary(layer.weight)
         packed.norm_weight.copy_(layer.norm_weight)
         packed.norm_bias.copy_(layer.norm_bias)
         return packed.train(layer.training)

@@ -14,7 +14,7 @@ def register_scan(dispatch_key: str = "CUDA") -> None:
 
 def register_packed(dispatch_key: str = "CUDA") -> None:
     """Registers the packed matmuls for CUDA tensors, where the CUDA library was not built."""
-    from bitkernels.triton import pack, packed_linear, quantize_int8, ternary_linear
+    from bitkernels.triton import pack, packed_linear, quantize_int8, sign_linear, ternary_linear
 
-    for module in (pack, packed_linear, quantize_int8, ternary_linear):
+    for module in (pack, packed_linear, quantize_int8, sign_linear, ternary_linear):
         module.register(dispatch_key)

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bitkernels.triton import arguments
-from bitkernels.triton.arguments import check, check_float, check_packed, words_of
+from bitkernels.triton.arguments import check, check_float, check_packed, check_scale, vector, words_of
 from bitkernels.triton.packed_matmul import SIGN_BITS, TERNARY_BITS, decode
 
 _BLOCK = 32  # words a program
@@ -15,6 +15,7 @@ _BLOCK = 32  # words a program
 @triton.jit
 def pack_kernel(
     p_w,  # [N, K]
+    p_scale,  # [1] float32 or None
     p_packed,  # int32 [N, words]
     total,  # N * words
     words,
@@ -29,6 +30,8 @@ def pack_kernel(
     o_k = (o_word % words)[:, None] * LANES + o_lane[None, :]
     m_w = (o_word < total)[:, None] & (o_k < K)
     b_w = tl.load(p_w + o_n[:, None] * K + o_k, mask=m_w, other=0).to(tl.float32)
+    if p_scale is not None:
+        b_w = b_w * tl.div_rn(1.0, tl.load(p_scale))
     # A half rounds to even, that is to zero; everything beyond it saturates.
     ternary = 1 + tl.where(b_w > 0.5, 1, 0) - tl.where(b_w < -0.5, 1, 0)
     code = tl.where(m_w & (b_w >= 0), 1, 0) if BITS == 1 else ternary
@@ -62,15 +65,19 @@ def _check_dtype(op: str, argument: str, w: Tensor, bits: int) -> None:
         check_float(op, argument, w)
 
 
-def _pack(op: str, w: Tensor, bits: int) -> Tensor:
+def _pack(op: str, w: Tensor, bits: int, scale: Tensor | None = None) -> Tensor:
     check(w.dim() == 2, op, f"w must be [N, K], got {list(w.shape)}")
     _check_dtype(op, "w", w, bits)
+    if scale is not None:
+        check_scale(op, "scale", scale, w)
+        check(scale.numel() == 1, op, f"scale must be of shape [1], got {list(scale.shape)}")
+        scale = vector(scale)
     N, K = w.shape
     words = triton.cdiv(K, 32 // bits)
     packed = w.new_empty(N, words, dtype=torch.int32)
     if packed.numel():
         grid = (triton.cdiv(packed.numel(), _BLOCK),)
-        pack_kernel[grid](w.contiguous(), packed, packed.numel(), words, K, BITS=bits, BLOCK=_BLOCK)
+        pack_kernel[grid](w.contiguous(), scale, packed, packed.numel(), words, K, BITS=bits, BLOCK=_BLOCK)
     return packed.view(torch.uint32)
 
 
@@ -94,8 +101,8 @@ def unpack_sign(w_packed: Tensor, K: int, *, dtype: torch.dtype) -> Tensor:
     return _unpack("unpack_sign", w_packed, K, dtype, SIGN_BITS)
 
 
-def pack_ternary(w: Tensor) -> Tensor:
-    return _pack("pack_ternary", w, TERNARY_BITS)
+def pack_ternary(w: Tensor, scale: Tensor | None = None) -> Tensor:
+    return _pack("pack_ternary", w, TERNARY_BITS, scale)
 
 
 def unpack_ternary(w_packed: Tensor, K: int, *, dtype: torch.dtype) -> Tensor:

@@ -18,7 +18,7 @@ from bitkernels.triton.arguments import (
     vector,
     words_of,
 )
-from bitkernels.triton.packed_matmul import GEMV_MAX_ROWS, SIGN_BITS, gemv, matmul, prepare
+from bitkernels.triton.packed_matmul import GEMV_MAX_ROWS, SIGN_BITS, explain, gemv, matmul, prepare
 
 
 def _scale_axis(op: str, alpha: Tensor, N: int, K: int) -> str:
@@ -104,5 +104,9 @@ def packed_linear_backward(
     return dx, alpha.new_empty(0), alpha.new_empty(0)
 
 
+def explain_packed_linear(like: Tensor, M: int, N: int, K: int, scales: str) -> str:
+    return explain(M, like.dtype)
+
+
 def register(dispatch_key: str = "CUDA") -> None:
-    arguments.register(dispatch_key, packed_linear, packed_linear_backward)
+    arguments.register(dispatch_key, packed_linear, packed_linear_backward, explain_packed_linear)

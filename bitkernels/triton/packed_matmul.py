@@ -266,6 +266,16 @@ def tile(M: int, dtype: torch.dtype) -> dict:
     return {"BM": 128, "BJ": 64, "BR": 64, "num_warps": 8, "num_stages": 3}
 
 
+def explain(M: int, dtype: torch.dtype) -> str:
+    """What ``matmul`` and ``gemv`` do with M rows, as text."""
+    if M <= GEMV_MAX_ROWS:
+        return "Triton gemv: a program for each row of activations and block of rows of the weights"
+    options = tile(M, dtype)
+    return (
+        f"Triton matmul: tiles of {options['BJ']} rows times {options['BM']} tokens, {options['BR']} columns at a time"
+    )
+
+
 def row_block(width: int) -> dict:
     """Block and launch options of a kernel in which one program walks one row."""
     block = min(4096, max(32, triton.next_power_of_2(width)))

@@ -62,5 +62,14 @@ def quantize_int8(x: Tensor) -> tuple[Tensor, Tensor]:
     return q.view(x.shape), scale.view(x.shape[:-1])
 
 
+def fake_quantize_int8(x: Tensor) -> Tensor:
+    """As the operator: q / scale in x's dtype."""
+    op = "fake_quantize_int8"
+    check_float(op, "x", x)
+    check(x.dim() >= 1, op, "x must have at least one dimension")
+    q, scale = quantize_int8(x)
+    return (q.float() / scale.unsqueeze(-1)).to(x.dtype)
+
+
 def register(dispatch_key: str = "CUDA") -> None:
-    arguments.register(dispatch_key, quantize_int8)
+    arguments.register(dispatch_key, quantize_int8, fake_quantize_int8)

@@ -1,5 +1,6 @@
 """ternary_linear and its backward in Triton: floating-point activations, or int8 with an exact integer sum."""
 
+import torch
 from torch import Tensor
 
 from bitkernels.triton import arguments
@@ -14,7 +15,7 @@ from bitkernels.triton.arguments import (
     vector,
     words_of,
 )
-from bitkernels.triton.packed_matmul import GEMV_MAX_ROWS, TERNARY_BITS, gemv, matmul, prepare
+from bitkernels.triton.packed_matmul import GEMV_MAX_ROWS, TERNARY_BITS, explain, gemv, matmul, prepare
 from bitkernels.triton.quantize_int8 import quantize_rows
 
 
@@ -68,5 +69,9 @@ def ternary_linear_backward(grad: Tensor, w_packed: Tensor, scale: Tensor, K: in
     return dx
 
 
+def explain_ternary_linear(like: Tensor, M: int, N: int, K: int, act_bits: int | None = None) -> str:
+    return explain(M, torch.int8 if act_bits == 8 else like.dtype)
+
+
 def register(dispatch_key: str = "CUDA") -> None:
-    arguments.register(dispatch_key, ternary_linear, ternary_linear_backward)
+    arguments.register(dispatch_key, ternary_linear, ternary_linear_backward, explain_ternary_linear)

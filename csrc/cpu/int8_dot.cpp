@@ -28,7 +28,7 @@ void accumulate(const uint32_t* chunk, int words, const int8_t* q, int64_t strid
   }
 }
 
-constexpr Int8Kernels kPortable{transpose_chunk_portable, accumulate};
+constexpr Int8Kernels kPortable{transpose_chunk_portable, accumulate, "portable"};
 
 }  // namespace
 

@@ -19,6 +19,7 @@ struct Int8Kernels {
   // the activations of a token are q_stride apart.
   void (*accumulate)(const uint32_t* chunk, int words, const int8_t* q, int64_t q_stride, int64_t tokens,
                      int32_t* dots);
+  const char* name;  // as explain() tells it
 };
 
 // Defined in int8_dot_<path>.cpp, to be called on machines with that instruction set alone.

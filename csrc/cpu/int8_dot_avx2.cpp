@@ -76,6 +76,6 @@ void accumulate(const uint32_t* chunk, int words, const int8_t* q, int64_t strid
 
 }  // namespace
 
-const Int8Kernels int8_dot_avx2{transpose_chunk_avx2, accumulate};
+const Int8Kernels int8_dot_avx2{transpose_chunk_avx2, accumulate, "avx2"};
 
 }  // namespace bitkernels::cpu

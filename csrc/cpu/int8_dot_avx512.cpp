@@ -71,6 +71,6 @@ void accumulate(const uint32_t* chunk, int words, const int8_t* q, int64_t strid
 
 }  // namespace
 
-const Int8Kernels int8_dot_avx512{load_chunk, accumulate};
+const Int8Kernels int8_dot_avx512{load_chunk, accumulate, "avx512"};
 
 }  // namespace bitkernels::cpu

@@ -199,6 +199,7 @@ void finish(const void* sums, T, T* dots) {
 
 template <Format kFormat, typename T>
 constexpr LookupKernels<T> kPortable{
+    .name = "portable",
     .table_bytes = kGroups * kEntries * sizeof(T),
     .sum_bytes = kPanelRows * sizeof(T),
     .tabulate = tabulate<kFormat, T>,
@@ -274,6 +275,15 @@ void lookup_matmul(const LookupMatmul<T>& a, Executor run) {
       [&](int64_t begin, int64_t end) { Worker<T>(a, kernels)(begin, end); });
 }
 
+template <typename T>
+std::string explain_lookup(const LookupMatmul<T>& a) {
+  return std::string("lookup (") + kernels_for(a).name + "): a table of sums for each group of weights, blocks of " +
+         std::to_string(lookup_block_tokens(a.format, a.M, a.K)) + " tokens times " + std::to_string(kPanelRows) +
+         " rows of the weights";
+}
+
+template std::string explain_lookup(const LookupMatmul<float>&);
+template std::string explain_lookup(const LookupMatmul<double>&);
 template void lookup_matmul(const LookupMatmul<float>&, Executor);
 template void lookup_matmul(const LookupMatmul<double>&, Executor);
 

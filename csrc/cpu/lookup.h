@@ -5,6 +5,8 @@
 // token and group; a lookup and an addition then replace one multiplication per weight.
 #pragma once
 
+#include <string>
+
 #include "kernels.h"
 #include "panel.h"
 
@@ -17,6 +19,7 @@ constexpr int64_t per_word(Format format) { return format == Format::kSign ? kSi
 // What differs between formats and instruction sets. T is the type of activations and results.
 template <typename T>
 struct LookupKernels {
+  const char* name;     // as explain() tells it
   int64_t table_bytes;  // of one weight word and token
   int64_t sum_bytes;    // of the partial sums of a panel and token; all zeros to begin with
   // Tables of x[words * weights per word], zero beyond K. Returns what finish() is to multiply by.
@@ -67,6 +70,10 @@ int64_t lookup_block_tokens(Format format, int64_t M, int64_t K);
 
 template <typename T>
 void lookup_matmul(const LookupMatmul<T>&, Executor);
+
+// Which kernels and blocks lookup_matmul takes.
+template <typename T>
+std::string explain_lookup(const LookupMatmul<T>&);
 
 // w_packed [N, ceil(K / per_word)] -> transposed [K, ceil(N / per_word)], zero bits beyond N.
 void transpose_packed(Format format, const uint32_t* w_packed, uint32_t* transposed, int64_t N, int64_t K, Executor);

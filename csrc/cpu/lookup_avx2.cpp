@@ -94,6 +94,7 @@ void finish(const void* sums, float, float* dots) { __builtin_memcpy(dots, sums,
 template <typename Code>
 constexpr LookupKernels<float> kernels(float (*tabulate)(const float*, int64_t, void*)) {
   return {
+      .name = "avx2",
       .table_bytes = Code::kGroups * Code::kEntries * sizeof(float),
       .sum_bytes = kPanelRows * sizeof(float),
       .tabulate = tabulate,

@@ -208,6 +208,7 @@ void finish(const void* sums, float factor, float* dots) {
 
 template <Format kFormat, int kLimbs, Chunk kChunk>
 constexpr LookupKernels<float> kKernels{
+    .name = kLimbs == 3 ? "avx512, three limbs" : "avx512, four limbs",
     .table_bytes = kHalves * kLimbs * kTable,
     .sum_bytes = kLimbs * kPanelRows * sizeof(int32_t),
     .tabulate = tabulate<kFormat, kLimbs>,

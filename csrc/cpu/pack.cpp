@@ -77,12 +77,17 @@ void unpack_sign(const uint32_t* w_packed, void* w, DType dtype, int64_t N, int6
   });
 }
 
-void pack_ternary(const void* w, DType dtype, uint32_t* w_packed, int64_t N, int64_t K, Executor run) {
+void pack_ternary(const void* w, const void* scale, DType dtype, uint32_t* w_packed, int64_t N, int64_t K,
+                  Executor run) {
   visit(dtype, [&](auto element) {
     using T = decltype(element);
+    using Wide = decltype(to_float(element));
+    const Wide factor = scale ? 1 / *static_cast<const Wide*>(scale) : 1;
     // Rounding half to even and clipping to [-1, 1] leaves two thresholds: 0.5 itself rounds to zero.
-    pack<2>(static_cast<const T*>(w), w_packed, N, K, 1, run,
-            [](T v) -> uint8_t { return 1 + (to_float(v) > 0.5f) - (to_float(v) < -0.5f); });
+    pack<2>(static_cast<const T*>(w), w_packed, N, K, 1, run, [factor](T v) -> uint8_t {
+      const Wide scaled = to_float(v) * factor;
+      return 1 + (scaled > Wide(0.5)) - (scaled < Wide(-0.5));
+    });
   });
 }
 

@@ -37,10 +37,9 @@ LookupMatmul<T> matmul(const void* x, const uint32_t* w, const void* alpha, cons
 }
 
 template <typename T>
-void forward(const PackedLinear& a, Executor run) {
-  lookup_matmul(matmul<T>(a.x, a.w_packed, a.alpha, a.beta, a.bias, a.y, a.dtype, a.axis == ScaleAxis::kColumn,
-                          a.axis == ScaleAxis::kSingle, a.M, a.N, a.K),
-                run);
+LookupMatmul<T> forward(const PackedLinear& a) {
+  return matmul<T>(a.x, a.w_packed, a.alpha, a.beta, a.bias, a.y, a.dtype, a.axis == ScaleAxis::kColumn,
+                   a.axis == ScaleAxis::kSingle, a.M, a.N, a.K);
 }
 
 // Blocks of tokens whose contributions to dalpha and dbeta are summed on their own.
@@ -82,7 +81,11 @@ void backward(const PackedLinearBackward& a, Executor run) {
 int64_t packed_linear_workspace(const PackedLinear&) { return 0; }
 
 void packed_linear(const PackedLinear& a, Executor run) {
-  a.dtype == DType::kFloat64 ? forward<double>(a, run) : forward<float>(a, run);
+  a.dtype == DType::kFloat64 ? lookup_matmul(forward<double>(a), run) : lookup_matmul(forward<float>(a), run);
+}
+
+std::string explain(const PackedLinear& a) {
+  return a.dtype == DType::kFloat64 ? explain_lookup(forward<double>(a)) : explain_lookup(forward<float>(a));
 }
 
 int64_t packed_linear_backward_workspace(const PackedLinearBackward& a) {

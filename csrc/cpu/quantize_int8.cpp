@@ -16,16 +16,25 @@ float round_half_even(float v) {
 }
 
 template <typename T>
-float quantize_row(const T* x, int8_t* q, int64_t K) {
+float row_scale(const T* x, int64_t K) {
   float absmax = 0;
   for (int64_t k = 0; k < K; ++k) absmax = std::max(absmax, std::fabs(static_cast<float>(to_float(x[k]))));
-  const float scale = 127.0f / std::max(absmax, 1e-5f);
-  for (int64_t k = 0; k < K; ++k) {
-    const float v = round_half_even(static_cast<float>(to_float(x[k])) * scale);
-    q[k] = static_cast<int8_t>(std::min(std::max(v, -128.0f), 127.0f));
-  }
+  return 127.0f / std::max(absmax, 1e-5f);
+}
+
+template <typename T>
+float quantized(T v, float scale) {
+  return std::min(std::max(round_half_even(static_cast<float>(to_float(v)) * scale), -128.0f), 127.0f);
+}
+
+template <typename T>
+float quantize_row(const T* x, int8_t* q, int64_t K) {
+  const float scale = row_scale(x, K);
+  for (int64_t k = 0; k < K; ++k) q[k] = static_cast<int8_t>(quantized(x[k], scale));
   return scale;
 }
+
+int64_t rows_at_once(int64_t K) { return std::max<int64_t>(1, 32768 / std::max<int64_t>(K, 1)); }
 
 }  // namespace
 
@@ -39,9 +48,22 @@ float quantize_int8_row(const void* x, DType dtype, int64_t row, int8_t* q, int6
 }
 
 void quantize_int8(const void* x, DType dtype, int8_t* q, float* scale, int64_t M, int64_t K, Executor run) {
-  const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(K, 1));
-  run(M, grain, [&](int64_t begin, int64_t end) {
+  run(M, rows_at_once(K), [&](int64_t begin, int64_t end) {
     for (int64_t m = begin; m < end; ++m) scale[m] = quantize_int8_row(x, dtype, m, q + m * K, K);
+  });
+}
+
+void fake_quantize_int8(const void* x, void* y, DType dtype, int64_t M, int64_t K, Executor run) {
+  visit(dtype, [&](auto element) {
+    using T = decltype(element);
+    run(M, rows_at_once(K), [&](int64_t begin, int64_t end) {
+      for (int64_t m = begin; m < end; ++m) {
+        const T* row = static_cast<const T*>(x) + m * K;
+        T* out = static_cast<T*>(y) + m * K;
+        const float scale = row_scale(row, K);
+        for (int64_t k = 0; k < K; ++k) from_float(quantized(row[k], scale) / scale, out[k]);
+      }
+    });
   });
 }
 

@@ -103,4 +103,10 @@ void ternary_linear_int8(const TernaryLinear& a, Executor run) {
       [&](int64_t begin, int64_t end) { Worker{a}(begin, end); });
 }
 
+std::string explain_ternary_int8(const TernaryLinear& a) {
+  return std::string("int8 dot products (") + int8_kernels().name + "): blocks of " +
+         std::to_string(std::min(kMaxBlockTokens, a.M)) + " tokens times " + std::to_string(kPanelRows) +
+         " rows of the weights";
+}
+
 }  // namespace bitkernels::cpu

@@ -1,22 +1,39 @@
-#include "forward.cuh"
+#include "explain.cuh"
 
 namespace bitkernels::cuda {
+namespace {
+
+// Column scales belong to the activations; row and single scales to the output.
+TokenSource source_of(const PackedLinear& p) {
+  const bool column = p.axis == ScaleAxis::kColumn;
+  return {p.x,
+          column ? static_cast<const float*>(p.alpha) : nullptr,
+          column ? static_cast<const float*>(p.beta) : nullptr,
+          1,
+          true,
+          p.dtype,
+          p.M,
+          p.K};
+}
+
+Weights weights_of(const PackedLinear& p) { return weights(p.w_packed, p.N, ceil_div(p.K, kSignsPerWord)); }
+
+}  // namespace
 
 int64_t packed_linear_workspace(const PackedLinear& p) {
   return forward_workspace<SignF16>(p.x, p.M, p.N, p.K, p.dtype, p.axis == ScaleAxis::kColumn);
 }
 
-// Column scales belong to the activations; row and single scales to the output.
 void packed_linear(const PackedLinear& p, Executor stream) {
-  const float* alpha = static_cast<const float*>(p.alpha);
-  const float* beta = static_cast<const float*>(p.beta);
-  const bool column = p.axis == ScaleAxis::kColumn;
-  TokenSource source{p.x, nullptr, nullptr, 1, true, p.dtype, p.M, p.K};
   Epilogue epilogue{nullptr, nullptr, p.axis == ScaleAxis::kRow ? 1 : 0, static_cast<const float*>(p.bias), p.y,
                     p.dtype, p.N};
-  (column ? source.scale : epilogue.scale) = alpha;
-  (column ? source.shift : epilogue.shift) = beta;
-  run_forward<SignF16>(source, p.w_packed, epilogue, p.workspace, stream);
+  if (p.axis != ScaleAxis::kColumn) {
+    epilogue.scale = static_cast<const float*>(p.alpha);
+    epilogue.shift = static_cast<const float*>(p.beta);
+  }
+  run_forward<SignF16>(source_of(p), p.w_packed, epilogue, p.workspace, stream);
 }
+
+std::string explain(const PackedLinear& p) { return explain_forward<SignF16>(source_of(p), weights_of(p)); }
 
 }  // namespace bitkernels::cuda

@@ -1,3 +1,4 @@
+#include "add_rows.cuh"
 #include "backward.cuh"
 #include "transpose.cuh"
 #include "warpgroup_forward.cuh"
@@ -11,32 +12,6 @@ ScaleGradients partial_gradients(const PackedLinearBackward& p, const Prepared& 
   float* partial = reinterpret_cast<float*>(static_cast<char*>(p.workspace) +
                                             prepared_bytes<SignColumns::Gradient>(p.M, p.N, p.dtype));
   return {p.x, partial, partial + gradient_rows(dy) * p.K};
-}
-
-// out[k] = sum of a column, in a fixed order: one lane a column, the warps of a block every eighth row.
-__global__ void __launch_bounds__(256) add_rows_kernel(const float* dalpha_rows, const float* dbeta_rows, int64_t rows,
-                                                       int64_t columns, float* dalpha, float* dbeta) {
-  __shared__ float scratch[2][8][32];
-  wait_for_previous_kernel();
-  const int lane = threadIdx.x % 32;
-  const int warp = threadIdx.x / 32;
-  const int64_t k = int64_t(blockIdx.x) * 32 + lane;
-  float a = 0.0f;
-  float b = 0.0f;
-  for (int64_t row = warp; row < rows && k < columns; row += 8) {
-    a += dalpha_rows[row * columns + k];
-    b += dbeta_rows[row * columns + k];
-  }
-  scratch[0][warp][lane] = a;
-  scratch[1][warp][lane] = b;
-  __syncthreads();
-  if (warp != 0 || k >= columns) return;
-  for (int i = 1; i < 8; ++i) {
-    a += scratch[0][i][lane];
-    b += scratch[1][i][lane];
-  }
-  dalpha[k] = a;
-  dbeta[k] = b;
 }
 
 // Without sums over tokens, dx is the forward matmul with the transposed weights: scales of columns become scales
@@ -55,7 +30,7 @@ void run_by_transposition(const PackedLinearBackward& p, cudaStream_t stream) {
   Epilogue epilogue{nullptr, nullptr, p.axis == ScaleAxis::kColumn ? 1 : 0, nullptr, p.dx, p.dtype, p.K};
   (of_summed ? source.scale : epilogue.scale) = alpha;
   (of_summed ? source.shift : epilogue.shift) = beta;
-  run_warpgroup_forward<SignF16>(source, weights(transposed, p.K, ceil_div(p.N, kSignsPerWord)), epilogue,
+  run_warpgroup_forward<SignF16>(source, weights(transposed, p.K, transposed_words<1>(p.N)), epilogue,
                                  static_cast<char*>(p.workspace) + transposed_bytes<1>(p.N, p.K), stream);
 }
 
@@ -84,8 +59,8 @@ void packed_linear_backward(const PackedLinearBackward& p, Executor stream) {
   const ScaleGradients partial = partial_gradients(p, dy);
   run_backward<SignColumns>(source, p.w_packed, epilogue, partial, p.workspace, stream);
   if (!p.dalpha) return;
-  launch(add_rows_kernel, Grid{dim3(blocks_for(p.K, 32)), 256, 0, true}, stream, partial.dalpha, partial.dbeta,
-         gradient_rows(dy), p.K, static_cast<float*>(p.dalpha), static_cast<float*>(p.dbeta));
+  add_rows(partial.dalpha, partial.dbeta, gradient_rows(dy), p.K, static_cast<float*>(p.dalpha),
+           static_cast<float*>(p.dbeta), stream);
 }
 
 }  // namespace bitkernels::cuda

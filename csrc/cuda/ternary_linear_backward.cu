@@ -17,7 +17,7 @@ void ternary_linear_backward(const TernaryLinearBackward& p, Executor stream) {
   if (warpgroup_applies(p.dtype, p.N, false)) {
     uint32_t* transposed = static_cast<uint32_t*>(p.workspace);
     transpose_packed<2>(p.w_packed, transposed, p.N, p.K, stream);
-    return run_warpgroup_forward<TernaryF16>(source, weights(transposed, p.K, ceil_div(p.N, kTernaryPerWord)), epilogue,
+    return run_warpgroup_forward<TernaryF16>(source, weights(transposed, p.K, transposed_words<2>(p.N)), epilogue,
                                              static_cast<char*>(p.workspace) + transposed_bytes<2>(p.N, p.K), stream);
   }
   run_backward<TernaryColumns>(source, p.w_packed, epilogue, {}, p.workspace, stream);
