@@ -360,3 +360,18 @@ def test_the_command_line_trains_a_recipe_from_a_teacher(tmp_path):
     assert "give one with --teacher" in invoke("train", "--recipe", "bi-mamba", *small, code=1)
     assert "recipe must be one of" in invoke("train", "--recipe", "none", *small, code=1)
     assert encode(load_checkpoint(out).tokenizer, "word").numel()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["slender-mamba", "slender-mamba-cycle-rev", "slender-mamba-universal"])
+def test_the_engine_keeps_a_state_for_each_position(name):
+    model = pack_(make(name))
+    prompts = [torch.randint(50, (length,)).tolist() for length in (3, 7, 5)]
+    together = model.generate(prompts, max_new_tokens=8, temperature=0)
+    for prompt, new in zip(prompts, together, strict=True):
+        ids = list(prompt)
+        for token in new:
+            logits = model(torch.tensor([ids]))[0, -1]
+            # int8 rounding may turn the order of two that are as good as equal
+            assert logits[token] > logits.max() - 3e-2 * logits.std()
+            ids.append(token)

@@ -10,11 +10,10 @@ from typer.testing import CliRunner
 from bitkernels.checkpoint import save_checkpoint
 from bitkernels.cli import app
 from bitkernels.data import train_tokenizer
-from bitkernels.models import CONFIGS, BiMambaConfig
+from bitkernels.models import CONFIGS, BiMambaConfig, BiMambaForCausalLM
 from bitkernels.nn import pack_
-from bitkernels.nn.convert import empty_packed_
 from bitkernels.report.runs import read_run
-from bitkernels.report.size import full_precision_bytes, meta_model, packed_bytes, packed_file_bytes, parameter_bits
+from bitkernels.report.size import full_precision_bytes, packed_bytes, packed_file_bytes, parameter_bits
 from bitkernels.report.weights import compare_embeddings, effective_weight, sample_similarities
 from bitkernels.training.post_training import round_to_nearest_, ternary_
 from bitkernels.training.recipes import RECIPES, build
@@ -31,7 +30,7 @@ PUBLISHED_STORAGE = {"780m": (1.45, 0.22), "1.3b": (2.50, 0.33), "2.7b": (5.03, 
 
 @pytest.mark.parametrize("name", PUBLISHED_BITS)
 def test_parameter_bits_are_the_papers(name):
-    bits = parameter_bits(meta_model(RECIPES[name].config(CONFIGS["170m"])))
+    bits = parameter_bits(BiMambaForCausalLM.on_meta(RECIPES[name].config(CONFIGS["170m"])))
     assert bits / 1e8 == pytest.approx(PUBLISHED_BITS[name], rel=0.01)
 
 
@@ -68,7 +67,7 @@ def test_packed_bytes_are_those_of_the_file(name, tmp_path):
     header = 8 + int.from_bytes(file.read_bytes()[:8], "little")
     assert packed_bytes(model.config) == file.stat().st_size - header
     assert packed_file_bytes(model) == file.stat().st_size
-    assert packed_file_bytes(empty_packed_(meta_model(model.config))) == file.stat().st_size
+    assert packed_file_bytes(BiMambaForCausalLM.on_meta(model.config, packed=True)) == file.stat().st_size
 
 
 def test_compare_embeddings():

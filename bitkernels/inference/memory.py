@@ -38,7 +38,7 @@ def weight_bytes(model: nn.Module) -> int:
 def plan_memory(model: BiMambaForCausalLM, max_batch: int, state_dtype: torch.dtype, prefill_chunk: int) -> MemoryPlan:
     """The plan of an ``Engine`` with these arguments; ``model`` may be on the meta device."""
     c = model.config
-    item, state_item = model.embedding.weight.itemsize, state_dtype.itemsize
+    item, state_item = model.activation_dtype.itemsize, state_dtype.itemsize
     state = c.nheads * c.headdim * c.d_state
     conv = (c.d_conv - 1) * c.d_conv_channels
     states = c.n_layer * (max_batch * (state + conv) + conv) * state_item

@@ -8,7 +8,6 @@ from torch import nn
 
 from bitkernels.checkpoint import save_checkpoint
 from bitkernels.models import BiMambaConfig, BiMambaForCausalLM
-from bitkernels.nn.convert import empty_packed_
 
 _FULL_BITS = 16
 
@@ -30,20 +29,14 @@ def parameter_count(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def meta_model(config: BiMambaConfig) -> BiMambaForCausalLM:
-    """The model without memory for its weights."""
-    with torch.device("meta"):
-        return BiMambaForCausalLM(config)
-
-
 def full_precision_bytes(config: BiMambaConfig) -> int:
     """All parameters in 16 bits, as the papers count the storage of a full-precision model."""
-    return parameter_count(meta_model(config)) * _FULL_BITS // 8
+    return parameter_count(BiMambaForCausalLM.on_meta(config)) * _FULL_BITS // 8
 
 
 def packed_bytes(config: BiMambaConfig) -> int:
     """The tensors of the file that ``bitkernels pack`` writes, from their shapes alone."""
-    model = empty_packed_(meta_model(config))
+    model = BiMambaForCausalLM.on_meta(config, packed=True)
     for module in (model.get_submodule(name.removesuffix(".weight")) for name in model.dense_weights):
         module.to(torch.bfloat16)
     return sum(tensor.nbytes for tensor in model.state_dict().values())

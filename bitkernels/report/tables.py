@@ -11,7 +11,6 @@ from bitkernels.nn import pack_
 from bitkernels.report.runs import Run
 from bitkernels.report.size import (
     full_precision_bytes,
-    meta_model,
     packed_bytes,
     packed_file_bytes,
     parameter_bits,
@@ -98,9 +97,9 @@ def results_table(rows: list[Row], texts: list[str]) -> str:
 
 def parameter_bits_table() -> str:
     """Parameter-bits of every recipe at the Slender-Mamba paper's size (its Tables 2 and 4)."""
-    whole = parameter_bits(meta_model(CONFIGS["170m"]))
+    whole = parameter_bits(BiMambaForCausalLM.on_meta(CONFIGS["170m"]))
     rows = []
     for name, recipe in RECIPES.items():
-        bits = parameter_bits(meta_model(recipe.config(CONFIGS["170m"])))
+        bits = parameter_bits(BiMambaForCausalLM.on_meta(recipe.config(CONFIGS["170m"])))
         rows.append([name, f"{bits / 1e8:.2f}", f"{1 - bits / whole:.1%}"])
     return markdown(["recipe", "parameter-bits x 1e8", "fewer by"], rows)
