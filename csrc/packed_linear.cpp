@@ -127,7 +127,9 @@ std::string explain_packed_linear(const Tensor& like, int64_t M, int64_t N, int6
       .y = nullptr,
       .workspace = nullptr,
       .dtype = kernel_dtype(op, "dtype", like.scalar_type()),
-      .axis = scales == "column" ? ScaleAxis::kColumn : scales == "row" ? ScaleAxis::kRow : ScaleAxis::kSingle,
+      .axis = scales == "column" ? ScaleAxis::kColumn
+              : scales == "row"  ? ScaleAxis::kRow
+                                 : ScaleAxis::kSingle,
       .M = M,
       .N = N,
       .K = K,

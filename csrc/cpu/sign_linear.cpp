@@ -70,9 +70,8 @@ void run(const SignLinearWeightBackward& p, Executor run_parallel) {
 int64_t sign_linear_weight_backward_workspace(const SignLinearWeightBackward&) { return 0; }
 
 void sign_linear_weight_backward(const SignLinearWeightBackward& p, Executor run_parallel) {
-  visit(p.dtype, [&](auto in) {
-    visit(p.weight_dtype, [&](auto out) { run<decltype(in), decltype(out)>(p, run_parallel); });
-  });
+  visit(p.dtype,
+        [&](auto in) { visit(p.weight_dtype, [&](auto out) { run<decltype(in), decltype(out)>(p, run_parallel); }); });
 }
 
 }  // namespace bitkernels::cpu

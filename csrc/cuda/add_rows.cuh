@@ -7,9 +7,9 @@
 namespace bitkernels::cuda {
 
 // first[k] and second[k]: one lane a column, the warps of a block every eighth row.
-static __global__ void __launch_bounds__(256) add_rows_kernel(const float* first_rows, const float* second_rows,
-                                                              int64_t rows, int64_t columns, float* first,
-                                                              float* second) {
+static __global__ void __launch_bounds__(256)
+    add_rows_kernel(const float* first_rows, const float* second_rows, int64_t rows, int64_t columns, float* first,
+                    float* second) {
   __shared__ float scratch[2][8][32];
   wait_for_previous_kernel();
   const int lane = threadIdx.x % 32;

@@ -27,8 +27,7 @@ std::string explain_warpgroup(const TokenSource& s, const Weights& w) {
   std::string text = "warpgroup: ";
   with_operand<F>(s.dtype, s.scale, [&](auto operand, auto scales, auto t) {
     using Operand = typename decltype(operand)::type;
-    const Plan plan =
-        plan_tiles<Operand>(scales, s.M, w.rows, s.K, device_attribute(cudaDevAttrMultiProcessorCount));
+    const Plan plan = plan_tiles<Operand>(scales, s.M, w.rows, s.K, device_attribute(cudaDevAttrMultiProcessorCount));
     with_tile<typename Operand::T>(plan.tile, [&](auto tile) {
       text += "tiles of " + std::to_string(tile.kRows) + " rows times " + std::to_string(tile.kTokens) + " tokens, " +
               std::to_string(plan.blocks) + " block(s) to a tile";
@@ -62,8 +61,8 @@ std::string explain_prepared(const TokenSource& s, const Weights& w) {
   text += "; activations are prepared by a kernel before; slower than others of this size, because ";
   if (!on_hopper()) return text + "this is no GPU of compute capability 9.0, or the library holds no code for 9.0a";
   if (s.dtype == DType::kFloat32) {
-    return text + "the faster kernels take fp32 activations of up to " + std::to_string(kMostBitTokens) + " tokens and " +
-           std::to_string(kMostFusedPart) + " columns";
+    return text + "the faster kernels take fp32 activations of up to " + std::to_string(kMostBitTokens) +
+           " tokens and " + std::to_string(kMostFusedPart) + " columns";
   }
   return text + "a table of column scales for K = " + std::to_string(s.K) + " is too large for shared memory";
 }
