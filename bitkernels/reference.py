@@ -331,6 +331,45 @@ def causal_conv1d_step(
     return y
 
 
+def mamba2_in_step(
+    residual: Tensor,  # [B, K]
+    norm_weight: Tensor,  # [K]
+    w_packed: Tensor,
+    alpha: Tensor,
+    beta: Tensor,
+    conv_state: Tensor,  # [B, W - 1, C], or [slots, W - 1, C] with state_indices; updated in place
+    conv_weight: Tensor,  # [C, W]
+    conv_bias: Tensor | None,
+    conv_start: int,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    state_indices: Tensor | None = None,  # int [B], the slot of each request, negative: none
+) -> Tensor:
+    """Norm, projection, and a step of the convolution over columns [conv_start, conv_start + C): [B, N]."""
+    y = packed_linear(F.rms_norm(residual, residual.shape[-1:], norm_weight, eps), w_packed, alpha, beta, bias)
+    slots = torch.arange(len(residual)) if state_indices is None else state_indices.long()
+    own = conv_state.new_zeros(len(residual), *conv_state.shape[1:])
+    own[slots >= 0] = conv_state[slots[slots >= 0]]
+    columns = slice(conv_start, conv_start + conv_weight.shape[0])
+    y[:, columns] = causal_conv1d_step(own, y[:, columns], conv_weight, conv_bias)
+    conv_state[slots[slots >= 0]] = own[slots >= 0]
+    return y
+
+
+def mamba2_out_step(
+    residual: Tensor,  # [B, N], updated in place
+    y: Tensor,  # [B, K]
+    norm_weight: Tensor,  # [K]
+    w_packed: Tensor,
+    alpha: Tensor,
+    beta: Tensor,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> None:
+    """Norm and projection, added to the residual."""
+    residual += packed_linear(F.rms_norm(y, y.shape[-1:], norm_weight, eps), w_packed, alpha, beta, bias)
+
+
 def gated_rms_norm(x: Tensor, z: Tensor, weight: Tensor, eps: float = 1e-5, group_size: int | None = None) -> Tensor:
     """``RMSNorm(x * silu(z)) * weight`` over the last axis, in groups of ``group_size`` if given."""
     x = x * F.silu(z)

@@ -62,6 +62,38 @@ void packed_linear(const PackedLinear&, Executor);
 // Which kernel and tile the call takes here, and why where it is not the fastest: a line of text. Reads no memory.
 std::string explain(const PackedLinear&);
 
+// A step of the depthwise causal convolution, with SiLU, over columns [first, first + channels) of a projection.
+struct ConvStep {
+  void* state;         // [slots, W - 1, channels] state_dtype, strides below, innermost 1: inputs, oldest first
+  const void* weight;  // [channels, W]
+  const void* bias;    // [channels] or null
+  const int64_t* state_indices;  // [M] the slot of each request, negative for none; null: its index
+  DType state_dtype;
+  int64_t state_batch, state_row, slots;
+  int64_t first, channels, W;
+};
+
+// The first part of a decode step of the Mamba-2 block: linear of the normalised residual, then the convolution.
+// Row m of the normalised x is x[m] / sqrt(mean(x[m]^2) + eps) * norm_weight.
+struct Mamba2InStep {
+  PackedLinear linear;      // x is fp32, fp64 where dtype is; y takes the convolution in place
+  const void* norm_weight;  // [K]
+  double eps;
+  ConvStep conv;
+};
+int64_t mamba2_in_step_workspace(const Mamba2InStep&);
+void mamba2_in_step(const Mamba2InStep&, Executor);
+
+// The last part: linear of the normalised x, added to the residual.
+struct Mamba2OutStep {
+  PackedLinear linear;      // y is null
+  const void* norm_weight;  // [K]
+  double eps;
+  void* residual;  // [M, N] fp32, fp64 where dtype is
+};
+int64_t mamba2_out_step_workspace(const Mamba2OutStep&);
+void mamba2_out_step(const Mamba2OutStep&, Executor);
+
 // H[M, K] = dy[M, N] @ S[N, K], D[m] = sum_n dy[m, n], for column scales:
 //   dx = alpha * H + beta * D, dalpha[k] = sum_m x * H, dbeta[k] = sum_m x * D.
 // Row and single scales belong to the summed index n, so they scale dy first:

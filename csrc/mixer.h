@@ -16,12 +16,12 @@ inline Tensor inner_dense(const Tensor& t) {
 }
 
 // [B, T, ...]; `t` must outlive the view.
-inline cpu::Strided strided(const Tensor& t) {
+inline BITKERNELS_BACKEND::Strided strided(const Tensor& t) {
   return {t.const_data_ptr(), t.stride(0), t.stride(1), t.dim() > 2 ? t.stride(2) : 0};
 }
 
 // [B, ...]: one token.
-inline cpu::Strided strided_token(const Tensor& t) {
+inline BITKERNELS_BACKEND::Strided strided_token(const Tensor& t) {
   return {t.const_data_ptr(), t.stride(0), 0, t.dim() > 1 ? t.stride(1) : 0};
 }
 
@@ -34,6 +34,34 @@ inline Tensor empty_gradient(const Tensor& like) {
 inline void check_integer(const char* op, const char* argument, const Tensor& t) {
   check_argument(t.scalar_type() == ScalarType::Int || t.scalar_type() == ScalarType::Long, op, ": ", argument,
                  " must be int32 or int64, got ", name_of(t.scalar_type()));
+}
+
+// [B] of every request.
+inline void check_request(const char* op, const char* argument, const std::optional<Tensor>& t, int64_t batch,
+                          const Tensor& x) {
+  if (!t) return;
+  check_same_device(op, argument, *t, x);
+  check_dtype(op, argument, *t, ScalarType::Long);
+  check_shape(op, argument, *t, {batch});
+}
+
+inline std::optional<Tensor> dense_integers(const std::optional<Tensor>& t) { return as_dtype(t, ScalarType::Long); }
+
+// The slot of each of `batch` requests in a state of `slots`. On a GPU reading them would wait for it: there those that
+// are too large are padding.
+inline void check_slots(const char* op, const char* state, const Tensor& state_indices, int64_t batch, int64_t slots,
+                        const Tensor& x) {
+  check_same_device(op, "state_indices", state_indices, x);
+  check_integer(op, "state_indices", state_indices);
+  check_shape(op, "state_indices", state_indices, {batch});
+#ifndef BITKERNELS_CUDA
+  const Tensor dense = *dense_integers(state_indices);
+  const int64_t* slot = static_cast<const int64_t*>(dense.const_data_ptr());
+  for (int64_t i = 0; i < batch; ++i) {
+    check_argument(slot[i] < slots, op, ": state_indices must be below the ", slots, " slots of ", state, ", got ",
+                   slot[i]);
+  }
+#endif
 }
 
 inline void check_rank(const char* op, const char* argument, const Tensor& t, int64_t rank, const char* form) {
@@ -71,10 +99,11 @@ inline double limit_of(const char* op, double dt_min, std::optional<double> dt_m
 }
 
 // The rows of x [B, T, ...], or the sequences packed into its only row; chunks_of tells how many a length has.
-inline std::vector<cpu::Sequence> sequences(const char* op, const Tensor& x, const std::optional<Tensor>& cu_seqlens,
-                                            int64_t (*chunks_of)(int64_t)) {
+inline std::vector<BITKERNELS_BACKEND::Sequence> sequences(const char* op, const Tensor& x,
+                                                           const std::optional<Tensor>& cu_seqlens,
+                                                           int64_t (*chunks_of)(int64_t)) {
   const int64_t batch = x.size(0), time = x.size(1);
-  std::vector<cpu::Sequence> out;
+  std::vector<BITKERNELS_BACKEND::Sequence> out;
   int64_t chunk = 0;
   auto add = [&](int64_t row, int64_t begin, int64_t length) {
     out.push_back({row, begin, length, chunk});

@@ -1,14 +1,14 @@
-// The CPU kernels of the Mamba-2 block: scan, step, causal convolution, gated norm. No torch here.
+// The kernels of the Mamba-2 block: scan, step, causal convolution, gated norm. No torch here.
 //
-// On CUDA these operators run on Triton (bitkernels/triton), which may call cuda/ssd_scan_hopper.h: the CPU alone
-// implements this header.
+// On CUDA all but the step run on Triton (bitkernels/triton), which may call cuda/ssd_scan_hopper.h: the CPU alone
+// implements the rest of this header.
 // Activations are fp32, bf16 or fp16 with fp32 arithmetic, or fp64 throughout. "acc" below is the
 // type of that arithmetic: float, or double where dtype is kFloat64.
 #pragma once
 
 #include "kernels.h"
 
-namespace bitkernels::cpu {
+namespace bitkernels::BITKERNELS_BACKEND {
 
 // [batch, time, head, inner] with strides in elements; the innermost is 1.
 struct Strided {
@@ -62,7 +62,7 @@ void ssd_scan_backward(const SsdScanBackward&, Executor);
 // One token of the scan; the time stride of every view is unused.
 struct SsdStep {
   void* state;                   // [slots, H, P, N] state_dtype, strides below, innermost 1
-  Strided x, dt, B, C;           // [B, H, P] dtype, [B, H] acc, [B, G, N] dtype twice
+  Strided x, dt, B, C;           // [B, H, P] dtype, [B, H] dt_dtype, [B, G, N] dtype twice
   Strided z;                     // [B, H, P] dtype or null
   const void* A;                 // [H] acc
   const void* D;                 // [H] or [H, P] acc, or null
@@ -71,10 +71,10 @@ struct SsdStep {
   // [B] each, or both null: 16-bit states are rounded stochastically, else to nearest.
   const int64_t *seed, *position;
   void* y;  // [B, H, P] dtype
-  DType dtype, state_dtype;
+  DType dtype, state_dtype, dt_dtype;
   bool D_per_channel, dt_softplus;
   double dt_min, dt_max;
-  int64_t state_batch, state_head, state_row;
+  int64_t slots, state_batch, state_head, state_row;
   int64_t batch, H, P, G, N;
 };
 void ssd_step(const SsdStep&, Executor);
@@ -127,4 +127,4 @@ struct GatedRmsNormBackward {
 int64_t gated_rms_norm_backward_workspace(const GatedRmsNormBackward&);
 void gated_rms_norm_backward(const GatedRmsNormBackward&, Executor);
 
-}  // namespace bitkernels::cpu
+}  // namespace bitkernels::BITKERNELS_BACKEND

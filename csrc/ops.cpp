@@ -62,6 +62,15 @@ STABLE_TORCH_LIBRARY(bitkernels, m) {
       "Tensor? z=None, Tensor? dt_bias=None, bool dt_softplus=False, float dt_min=0.0, float? dt_max=None, "
       "Tensor? state_indices=None, Tensor? seed=None, Tensor? position=None) -> Tensor");
 
+  // The parts of a decode step of the Mamba-2 block before and after ssd_step.
+  m.def(
+      "mamba2_in_step(Tensor residual, Tensor norm_weight, Tensor w_packed, Tensor alpha, Tensor beta, "
+      "Tensor(a!) conv_state, Tensor conv_weight, Tensor? conv_bias, SymInt conv_start, ScalarType dtype, "
+      "Tensor? bias=None, float eps=1e-05, Tensor? state_indices=None) -> Tensor");
+  m.def(
+      "mamba2_out_step(Tensor(a!) residual, Tensor y, Tensor norm_weight, Tensor w_packed, Tensor alpha, "
+      "Tensor beta, Tensor? bias=None, float eps=1e-05) -> ()");
+
   m.def(
       "causal_conv1d(Tensor x, Tensor weight, Tensor? bias=None, Tensor? initial_state=None, "
       "Tensor? seq_idx=None, Tensor? cu_seqlens=None, bool silu=True) -> Tensor");

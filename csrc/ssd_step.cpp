@@ -4,20 +4,8 @@
 namespace bitkernels {
 namespace {
 
-// [B] of every request.
-void check_request(const char* op, const char* argument, const std::optional<Tensor>& t, const Tensor& x) {
-  if (!t) return;
-  check_same_device(op, argument, *t, x);
-  check_dtype(op, argument, *t, ScalarType::Long);
-  check_shape(op, argument, *t, {x.size(0)});
-}
-
-std::optional<Tensor> dense_integers(const std::optional<Tensor>& t) {
-  return t ? std::optional(torch::stable::contiguous(as_dtype(*t, ScalarType::Long))) : std::nullopt;
-}
-
 // The state is [B, H, P, N], or [slots, H, P, N] where state_indices names the slot of each request.
-void check_slots(const char* op, const Tensor& state, const std::optional<Tensor>& state_indices, const Tensor& x,
+void check_state(const char* op, const Tensor& state, const std::optional<Tensor>& state_indices, const Tensor& x,
                  int64_t N) {
   const int64_t H = x.size(1), P = x.size(2);
   if (!state_indices) {
@@ -26,15 +14,14 @@ void check_slots(const char* op, const Tensor& state, const std::optional<Tensor
   }
   check_rank(op, "state", state, 4, "[slots, H, P, N]");
   check_shape(op, "state", state, {state.size(0), H, P, N});
-  check_same_device(op, "state_indices", *state_indices, x);
-  check_integer(op, "state_indices", *state_indices);
-  check_shape(op, "state_indices", *state_indices, {x.size(0)});
-  const Tensor slots = *dense_integers(state_indices);
-  const int64_t* slot = static_cast<const int64_t*>(slots.const_data_ptr());
-  for (int64_t i = 0; i < x.size(0); ++i) {
-    check_argument(slot[i] < state.size(0), op, ": state_indices must be below the ", state.size(0),
-                   " slots of state, got ", slot[i]);
-  }
+  check_slots(op, "state", *state_indices, x.size(0), state.size(0), x);
+}
+
+// Kernels read step sizes of any type of activations.
+Tensor readable(const Tensor& dt, ScalarType acc) {
+  const ScalarType dtype = dt.scalar_type();
+  const bool wide = dtype == ScalarType::Double && acc != ScalarType::Double;
+  return wide ? torch::stable::to(dt, acc) : dt;
 }
 
 Tensor ssd_step(Tensor state, const Tensor& x, const Tensor& dt, const Tensor& A, const Tensor& B, const Tensor& C,
@@ -51,10 +38,10 @@ Tensor ssd_step(Tensor state, const Tensor& x, const Tensor& dt, const Tensor& A
   check_rank(op, "x", x, 3, "[B, H, P]");
   check_rank(op, "B", B, 3, "[B, G, N]");
   const int64_t batch = x.size(0), H = x.size(1), P = x.size(2), G = B.size(1), N = B.size(2);
-  check_slots(op, state, state_indices, x, N);
+  check_state(op, state, state_indices, x, N);
   check_argument(seed.has_value() == position.has_value(), op, ": seed and position must be given together");
-  check_request(op, "seed", seed, x);
-  check_request(op, "position", position, x);
+  check_request(op, "seed", seed, batch, x);
+  check_request(op, "position", position, batch, x);
   check_same_device(op, "dt", dt, x);
   check_floating(op, "dt", dt);
   check_shape(op, "dt", dt, {batch, H});
@@ -77,40 +64,43 @@ Tensor ssd_step(Tensor state, const Tensor& x, const Tensor& dt, const Tensor& A
 
   const ScalarType acc = scale_type(x.scalar_type());
   const Tensor xd = inner_dense(x), Bd = inner_dense(B), Cd = inner_dense(C), Ad = as_dtype(A, acc);
-  const Tensor dtd = dt.scalar_type() == acc ? dt : torch::stable::to(dt, acc);
+  const Tensor dtd = readable(dt, acc);
   const std::optional<Tensor> zd = z ? std::optional(inner_dense(*z)) : std::nullopt, Dd = as_dtype(D, acc),
                               bias = as_dtype(dt_bias, acc);
   const std::optional<Tensor> slots = dense_integers(state_indices), seeds = dense_integers(seed),
                               positions = dense_integers(position);
   Tensor held = inner_dense(state);
-  const cpu::SsdStep args{.state = held.mutable_data_ptr(),
-                          .x = strided_token(xd),
-                          .dt = strided_token(dtd),
-                          .B = strided_token(Bd),
-                          .C = strided_token(Cd),
-                          .z = zd ? strided_token(*zd) : cpu::Strided{},
-                          .A = Ad.const_data_ptr(),
-                          .D = data_or_null(Dd),
-                          .dt_bias = data_or_null(bias),
-                          .state_indices = static_cast<const int64_t*>(data_or_null(slots)),
-                          .seed = static_cast<const int64_t*>(data_or_null(seeds)),
-                          .position = static_cast<const int64_t*>(data_or_null(positions)),
-                          .y = y.mutable_data_ptr(),
-                          .dtype = dtype,
-                          .state_dtype = state_dtype,
-                          .D_per_channel = D && D->dim() == 2,
-                          .dt_softplus = dt_softplus,
-                          .dt_min = dt_min,
-                          .dt_max = high,
-                          .state_batch = held.stride(0),
-                          .state_head = held.stride(1),
-                          .state_row = held.stride(2),
-                          .batch = batch,
-                          .H = H,
-                          .P = P,
-                          .G = G,
-                          .N = N};
-  cpu::ssd_step(args, Launch(x));
+  const BITKERNELS_BACKEND::SsdStep args{.state = held.mutable_data_ptr(),
+                                         .x = strided_token(xd),
+                                         .dt = strided_token(dtd),
+                                         .B = strided_token(Bd),
+                                         .C = strided_token(Cd),
+                                         .z = zd ? strided_token(*zd) : BITKERNELS_BACKEND::Strided{},
+                                         .A = Ad.const_data_ptr(),
+                                         .D = data_or_null(Dd),
+                                         .dt_bias = data_or_null(bias),
+                                         .state_indices = static_cast<const int64_t*>(data_or_null(slots)),
+                                         .seed = static_cast<const int64_t*>(data_or_null(seeds)),
+                                         .position = static_cast<const int64_t*>(data_or_null(positions)),
+                                         .y = y.mutable_data_ptr(),
+                                         .dtype = dtype,
+                                         .state_dtype = state_dtype,
+                                         .dt_dtype = kernel_dtype(op, "dt", dtd.scalar_type()),
+                                         .D_per_channel = D && D->dim() == 2,
+                                         .dt_softplus = dt_softplus,
+                                         .dt_min = dt_min,
+                                         .dt_max = high,
+                                         .slots = state.size(0),
+                                         .state_batch = held.stride(0),
+                                         .state_head = held.stride(1),
+                                         .state_row = held.stride(2),
+                                         .batch = batch,
+                                         .H = H,
+                                         .P = P,
+                                         .G = G,
+                                         .N = N};
+  const Launch launch(x);
+  BITKERNELS_BACKEND::ssd_step(args, launch);
   if (held.data_ptr() != state.data_ptr()) torch::stable::copy_(state, held);
   return y;
 }
@@ -118,4 +108,6 @@ Tensor ssd_step(Tensor state, const Tensor& x, const Tensor& dt, const Tensor& A
 }  // namespace
 }  // namespace bitkernels
 
-STABLE_TORCH_LIBRARY_IMPL(bitkernels, CPU, m) { m.impl("ssd_step", TORCH_BOX(&bitkernels::ssd_step)); }
+STABLE_TORCH_LIBRARY_IMPL(bitkernels, BITKERNELS_DISPATCH_KEY, m) {
+  m.impl("ssd_step", TORCH_BOX(&bitkernels::ssd_step));
+}

@@ -106,6 +106,27 @@ def test_16_bit_activations(device):
     assert_close("step", model.step(ids[:, -1], cache), logits[:, -1], 5e-2)
 
 
+@torch.no_grad()
+def test_packed_steps_equal_one_forward(device, variant):
+    model = pack_(make(variant, device))
+    ids = torch.randint(50, (2, 9), device=device)
+    full, cache = model(ids), model.new_cache(2)
+    logits = torch.stack([model.prefill(ids[:, :4], cache)] + [model.step(ids[:, t], cache) for t in range(4, 9)], 1)
+    assert_close("steps", logits, full[:, 3:], LOGIT_TOLERANCE.get(variant, 1e-5))
+
+
+@torch.no_grad()
+def test_steps_follow_a_change_of_the_decay():
+    model = pack_(make("binary"))
+    ids = torch.randint(50, (1, 3))
+    model.step(ids[:, 0], model.new_cache(1))
+    for layer in model.layers:
+        layer.mixer.A_log.add_(1.0)
+    cache = model.new_cache(1)
+    logits = torch.stack([model.step(ids[:, t], cache) for t in range(3)], 1)
+    assert_close("steps", logits, model(ids))
+
+
 def test_cache_size_does_not_grow():
     model = make("binary")
     cache = model.new_cache(3)

@@ -18,6 +18,12 @@ def test_under_the_interpreter():
     run_tests("register_packed", *files, "-k", f"cpu and (({values}) or ({gradients}) or ({accuracy}))")
 
 
+def test_decode_steps_under_the_interpreter():
+    """What serves a GPU in place of the fused steps is made of other operators."""
+    few = "(test_in_step or test_out_step) and (K33 or W6) and not float16"
+    run_tests("register_packed", "test_mamba2_step.py", "-k", f"cpu and ((test_slots and int64) or ({few}))")
+
+
 @needs_triton
 @pytest.mark.parametrize(
     ("change", "words"),

@@ -14,9 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from bitkernels import causal_conv1d_step, gated_rms_norm, mamba2_mixer, ssd_step
+from bitkernels import (
+    causal_conv1d_step,
+    mamba2_in_step,
+    mamba2_mixer,
+    mamba2_out_step,
+    ssd_step,
+)
 from bitkernels.models.config import BiMambaConfig
-from bitkernels.nn import BitEmbedding, BitLinear, FBILinear
+from bitkernels.nn import BitEmbedding, BitLinear, FBILinear, PackedLinear
 from bitkernels.nn.convert import empty_packed_
 
 if TYPE_CHECKING:
@@ -132,6 +138,7 @@ class Mixer(nn.Module):
         self.dt_bias = nn.Parameter(torch.empty(heads))
         self.norm_weight = nn.Parameter(torch.ones(config.d_inner))
         self.out_proj = _projection(config, config.d_inner, config.d_model, config.binarize == "all")
+        self._kept_A = (None, None)
         self.reset_parameters()
 
     @torch.no_grad()
@@ -166,6 +173,13 @@ class Mixer(nn.Module):
     def A(self) -> Tensor:
         return -torch.exp(self.A_log.float())
 
+    def kept_A(self) -> Tensor:
+        """``A`` without a gradient, made again only when ``A_log`` has changed: a step has no time for it."""
+        key = self.A_log.data_ptr(), self.A_log._version
+        if self._kept_A[0] != key:
+            self._kept_A = key, self.A.detach()
+        return self._kept_A[1]
+
     def forward(
         self,
         hidden: Tensor,  # [B, T, d_model]
@@ -196,28 +210,58 @@ class Mixer(nn.Module):
             ssm_state.copy_(final)
         return self.out_proj(y)
 
-    def step(self, hidden: Tensor, conv_state: Tensor, ssm_state: Tensor, slots: Slots | None = None) -> Tensor:
-        """One token: [B, d_model] -> [B, d_model]; both states, of ``slots`` where given, are updated in place."""
-        z, xbc, dt = self._split(self.in_proj(hidden))
-        weight, bias = self.conv_weight.to(xbc.dtype), self.conv_bias.to(xbc.dtype)
-        indices, seed, position = slots or (None, None, None)
-        window = conv_state if slots is None else conv_state[indices]
-        x, B, C = self._split_conv(causal_conv1d_step(window, xbc, weight, bias))
-        if slots is not None:
-            conv_state[indices] = window
-        y = ssd_step(
-            ssm_state, x, dt, self.A, B, C, D=self.D, dt_bias=self.dt_bias, dt_softplus=True,
-            state_indices=indices, seed=seed, position=position,
-        )  # fmt: skip
-        y = gated_rms_norm(y.flatten(-2), z, self.norm_weight.to(z.dtype), self.config.norm_eps)
-        return self.out_proj(y)
-
 
 class Layer(nn.Module):
     def __init__(self, config: BiMambaConfig):
         super().__init__()
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         self.mixer = Mixer(config)
+
+    def step(
+        self,
+        residual: Tensor,  # fp32 [B, d_model]; may be updated in place
+        dtype: torch.dtype,  # of the activations
+        conv_state: Tensor,  # [B, d_conv - 1, channels], updated in place
+        ssm_state: Tensor,  # [B, H, P, N], updated in place
+        slots: Slots | None = None,
+    ) -> Tensor:
+        """One token: the residual after this layer, in three launches where both projections are packed.
+
+        ``slots`` says whose the states are.
+        """
+        mixer, config = self.mixer, self.mixer.config
+        indices, seed, position = slots or (None, None, None)
+        projected = self._step_in(residual, dtype, conv_state, indices)
+        z, xbc, dt = mixer._split(projected)
+        x, B, C = mixer._split_conv(xbc)
+        y = ssd_step(
+            ssm_state, x, dt, mixer.kept_A(), B, C, D=mixer.D, z=z.unflatten(-1, x.shape[1:]), dt_bias=mixer.dt_bias,
+            dt_softplus=True, state_indices=indices, seed=seed, position=position,
+        ).flatten(-2)  # fmt: skip
+        proj = mixer.out_proj
+        if isinstance(proj, PackedLinear):
+            mamba2_out_step(
+                residual, y, mixer.norm_weight, proj.w_packed, proj.alpha, proj.beta, proj.bias, config.norm_eps
+            )
+            return residual
+        y = F.rms_norm(y, y.shape[-1:], mixer.norm_weight.to(y.dtype), config.norm_eps)
+        return residual + proj(y).float()
+
+    def _step_in(self, residual: Tensor, dtype: torch.dtype, conv_state: Tensor, indices: Tensor | None) -> Tensor:
+        """The input projection with x, B and C convolved, [B, d_in_proj]."""
+        mixer, proj, start = self.mixer, self.mixer.in_proj, self.mixer.config.d_inner
+        if isinstance(proj, PackedLinear):
+            return mamba2_in_step(
+                residual, self.norm.weight, proj.w_packed, proj.alpha, proj.beta, conv_state, mixer.conv_weight,
+                mixer.conv_bias, start, dtype, proj.bias, self.norm.eps, indices,
+            )  # fmt: skip
+        projected = proj(self.norm(residual, dtype))
+        xbc = projected[:, start : start + mixer.config.d_conv_channels]
+        own = conv_state if indices is None else conv_state[indices]
+        xbc.copy_(causal_conv1d_step(own, xbc, mixer.conv_weight.to(xbc.dtype), mixer.conv_bias.to(xbc.dtype)))
+        if indices is not None:
+            conv_state[indices] = own
+        return projected
 
 
 class Stack(nn.ModuleList):
@@ -368,7 +412,7 @@ class BiMambaForCausalLM(nn.Module):
         dtype, residual = hidden.dtype, hidden.float()
         for i, layer in enumerate(self.layers):
             states = cache.conv[i], cache.ssm[i], slots and slots.of_layer(i)
-            residual = residual + layer.mixer.step(layer.norm(residual, dtype), *states).float()
+            residual = layer.step(residual, dtype, *states)
         cache.tokens += 1
         return self.logits(self.norm(residual, dtype))
 

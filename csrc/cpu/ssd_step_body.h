@@ -55,7 +55,13 @@ void step_head(const SsdStep& p, int64_t batch, int64_t head) {
   const E* B = view(p.B, group, E{});
   const E* C = view(p.C, group, E{});
   const E* z = p.z.data ? view(p.z, head, E{}) : nullptr;
-  const T raw = *view(p.dt, head, T{}) + (p.dt_bias ? static_cast<const T*>(p.dt_bias)[head] : T(0));
+  T raw = p.dt_bias ? static_cast<const T*>(p.dt_bias)[head] : T(0);
+  switch (p.dt_dtype) {
+    case DType::kBFloat16: raw += load_one(view(p.dt, head, BFloat16{})); break;
+    case DType::kFloat16: raw += load_one(view(p.dt, head, Float16{})); break;
+    case DType::kFloat64: raw += static_cast<T>(*view(p.dt, head, double{})); break;
+    default: raw += *view(p.dt, head, float{});
+  }
   Vec<T> slope;
   const Vec<T> dt = time_step(splat(raw), p.dt_softplus, T(p.dt_min), T(p.dt_max), slope);
   const T decay = exp(dt * static_cast<const T*>(p.A)[head])[0];

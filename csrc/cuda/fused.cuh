@@ -9,6 +9,12 @@
 // The blocks of a cluster share 64-row tiles: each takes a part of K, so it prepares that part of the activations
 // only. Its four warpgroups ask for the weights of their first tiles, and while these travel the block prepares. What
 // a block has of a tile goes to the block of the cluster that owns the tile, which adds the parts in order.
+//
+// The kernel may start while the one before it runs: it then brings its weights as far as L2.
+//
+// In a step of the Mamba-2 block an RMSNorm goes before. Its weight is one more scale of the activations, its divisor a
+// factor of the sums: squares are summed where sums of shifted activations are. Afterwards some columns take a step of
+// the causal convolution (kIn), or all are added to the residual (kOut).
 #pragma once
 
 #include <cfloat>
@@ -33,11 +39,17 @@ constexpr int kMostFusedTiles = 16;
 // From one chunk of the activations to the next.
 constexpr int plane_pitch(int columns) { return columns * 16; }
 
+enum class BlockStep { kNone, kIn, kOut };
+
 // kColumns: planes of all tokens; 16, 64 or 128. kAligned: rows of x and of the weights are whole vectors.
-template <typename F, typename T, int kColumns, bool kAligned>
-__global__ void __launch_bounds__(kFusedThreads, 1) fused_kernel(const __grid_constant__ FusedArgs args) {
+// One token leaves room for the blocks of the next kernel.
+template <typename F, typename T, int kColumns, bool kAligned, BlockStep kStep = BlockStep::kNone>
+__global__ void __launch_bounds__(kFusedThreads, kColumns == 16 ? 2 : 1)
+    fused_kernel(const __grid_constant__ FusedArgs args) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using Format = FusedFormat<F, T>;
+  using X = std::conditional_t<kStep == BlockStep::kIn, float, T>;
+  constexpr bool kNorm = kStep != BlockStep::kNone;
   constexpr int kLimbs = Format::kLimbs;
   constexpr int kPerLane = Format::kPerLane;
   constexpr int kPerChunk = kChunkWords * F::kPerWord;
@@ -48,15 +60,16 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_kernel(const __grid_co
   constexpr int kPlanePitch = plane_pitch(kColumns);
 
   constexpr int kSent = kTokens > 1 ? kTokens / 2 : 1;  // values of one lane
+  constexpr int kSums = kNorm ? 2 : 1;                  // of a token: shifted activations, squares
   extern __shared__ uint4 shared[];
   uint8_t* unaligned = reinterpret_cast<uint8_t*>(shared);
   uint8_t* rings = unaligned + (-shared_address(unaligned) & (kPanelAlignment - 1));  // [group][stage][panel]
-  uint8_t* planes = rings + kRingBytes;                                               // [chunk][column]
+  uint8_t* planes = rings + args.ring_bytes;                                          // [chunk][column]
   float* partial = reinterpret_cast<float*>(planes + args.plane_bytes);               // [tile owned][part][row][token]
-  __shared__ float plain_of_lane[kTogether][kFusedThreads];
+  __shared__ float sums_of_lane[kSums][kTogether][kFusedThreads];
   __shared__ uint32_t most_of_token[kTokens];
   __shared__ int sum_of_token[kTokens * kLimbs];
-  __shared__ float plain_of_part[kMostFusedParts * kTokens];
+  __shared__ float sums_of_part[kSums][kMostFusedParts * kTokens];
   __shared__ uint64_t arrived;
 
   const int lane = threadIdx.x % 32;
@@ -83,16 +96,18 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_kernel(const __grid_co
   const int first_token = warp % kPairs * kTogether;
   const bool prepares = first_token < tokens;
   float v[kTogether][kPerLane];
-  float plain[kTogether] = {};
-  Run<kPerLane, T> x[kTogether];
+  float sums[kSums][kTogether] = {};
+  Run<kPerLane, X> x[kTogether];
   Run<kPerLane, float> scale, shift;  // of 1-bit weights only
+  Run<kPerLane, float> norm;
   const auto load = [&](int task, int from, int end) {
     const int k = from + task / kPairs * kPerStep + lane * kPerLane;
 #pragma unroll
     for (int j = 0; j < kTogether; ++j) {
-      const T* row = static_cast<const T*>(args.x) + int64_t(min(first_token + j, tokens - 1)) * args.K;
+      const X* row = static_cast<const X*>(args.x) + int64_t(min(first_token + j, tokens - 1)) * args.K;
       x[j].template load<kAligned>(row, k, end);
     }
+    if constexpr (kNorm) norm.template load<kAligned>(args.norm, k, end);
     if (F::kPerWord == kSignsPerWord && args.scale) scale.template load<kAligned>(args.scale, k, end);
     if (F::kPerWord == kSignsPerWord && args.shift) shift.template load<kAligned>(args.shift, k, end);
   };
@@ -101,8 +116,9 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_kernel(const __grid_co
     if (k >= end) return;
 #pragma unroll
     for (int j = 0; j < kTogether; ++j) {
-      prefetch_to_l2(static_cast<const T*>(args.x) + int64_t(min(first_token + j, tokens - 1)) * args.K + k);
+      prefetch_to_l2(static_cast<const X*>(args.x) + int64_t(min(first_token + j, tokens - 1)) * args.K + k);
     }
+    if constexpr (kNorm) prefetch_to_l2(args.norm + k);
     if (F::kPerWord == kSignsPerWord && args.scale) prefetch_to_l2(args.scale + k);
     if (F::kPerWord == kSignsPerWord && args.shift) prefetch_to_l2(args.shift + k);
   };
@@ -112,8 +128,12 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_kernel(const __grid_co
 #pragma unroll
       for (int i = 0; i < kPerLane; ++i) {
         v[j][i] = x[j][i];
+        if constexpr (kNorm) {
+          sums[1][j] = fmaf(v[j][i], v[j][i], sums[1][j]);
+          v[j][i] *= norm[i];
+        }
         if (F::kPerWord == kSignsPerWord)
-          plain[j] = args.shift ? fmaf(v[j][i], shift[i], plain[j]) : plain[j] + v[j][i];
+          sums[0][j] = args.shift ? fmaf(v[j][i], shift[i], sums[0][j]) : sums[0][j] + v[j][i];
         if (F::kPerWord == kSignsPerWord && args.scale) v[j][i] *= scale[i];
       }
     }
@@ -125,16 +145,50 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_kernel(const __grid_co
 
   WeightRing<kAligned> ring(args, rings, group, tiles, first_row, first_chunk, chunks);
 
-  int task = warp;
-  if (task < measured && prepares) load(task, measured_from, measured_end);
+  const int outputs = owned * (kTokens * kBitMmaRows);
+  const auto row_of = [&](int i) {
+    return first_row + int64_t((i / (kBitMmaRows * kTokens) << parts_log2) + rank) * kBitMmaRows + i % kBitMmaRows;
+  };
+  const auto token_of = [&](int i) { return i / kBitMmaRows % kTokens; };
+  const bool has_output =
+      static_cast<int>(threadIdx.x) < outputs && row_of(threadIdx.x) < args.e.columns && token_of(threadIdx.x) < tokens;
+
+  // Nothing is read yet that the kernel before may write.
   if (threadIdx.x == 0) {
-    const int values = owned * kBitMmaRows * kTokens + (args.has_plain ? tokens : 0);
+    const int values = owned * kBitMmaRows * kTokens + (args.has_plain ? kSums * tokens : 0);
     barrier_init(shared_address(&arrived), 1);
     barrier_init_fence();
     barrier_arrive_expecting(shared_address(&arrived), values * parts * static_cast<int>(sizeof(float)));
   }
+  if (threadIdx.x < kTokens) most_of_token[threadIdx.x] = 0;
+  if (threadIdx.x < kTokens * kLimbs) sum_of_token[threadIdx.x] = 0;
   __syncwarp();
   if (parts > 1) arrive_at_cluster();
+  if constexpr (kAligned) {
+    // Each warp of the cluster a piece of its weights.
+    const int64_t bytes = min(args.e.columns - first_row, int64_t(tiles) * kBitMmaRows) * 4 * args.words;
+    const int64_t piece = (bytes >> parts_log2) / (kFusedWarps * kChunkBytes) * kChunkBytes + kChunkBytes;
+    const int64_t from = (int64_t(rank) * kFusedWarps + warp) * piece;
+    if (lane == 0 && from < bytes) {
+      prefetch_to_l2(reinterpret_cast<const uint8_t*>(args.packed + first_row * args.words) + from,
+                     static_cast<uint32_t>(min(piece, bytes - from)));
+    }
+    const int k = first_k + threadIdx.x * 32;  // a line each
+    if (k < end_k) {
+      if (F::kPerWord == kSignsPerWord && args.scale) prefetch_to_l2(args.scale + k);
+      if (F::kPerWord == kSignsPerWord && args.shift) prefetch_to_l2(args.shift + k);
+      if constexpr (kNorm) prefetch_to_l2(args.norm + k);
+    }
+  }
+  if constexpr (kStep == BlockStep::kIn) {
+    if (has_output) prefetch_conv(args.conv, token_of(threadIdx.x), row_of(threadIdx.x));
+  }
+  if (parts > 1) wait_for_arrivals();
+  let_next_kernel_start();
+  wait_for_previous_kernel();
+
+  int task = warp;
+  if (task < measured && prepares) load(task, measured_from, measured_end);
 #pragma unroll 1
   for (int i = 0; i < kFusedStages; ++i) ring.fetch();
   if (prepares) {
@@ -143,18 +197,6 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_kernel(const __grid_co
       prefetch(later, measured_from, measured_end);
   }
 
-  // Needed last, and as far away as the rest.
-  const auto row_of = [&](int i) {
-    return first_row + int64_t((i / (kBitMmaRows * kTokens) << parts_log2) + rank) * kBitMmaRows + i % kBitMmaRows;
-  };
-  const int outputs = owned * (kTokens * kBitMmaRows);
-  Column column{};
-  if (static_cast<int>(threadIdx.x) < outputs && row_of(threadIdx.x) < args.e.columns) {
-    column = column_of(args.e, row_of(threadIdx.x));
-  }
-  if (parts > 1) wait_for_arrivals();
-  if (threadIdx.x < kTokens) most_of_token[threadIdx.x] = 0;
-  if (threadIdx.x < kTokens * kLimbs) sum_of_token[threadIdx.x] = 0;
   __syncthreads();
 
   // Forth, for the largest element, and back, for the bits: what came last need not be read again.
@@ -176,7 +218,8 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_kernel(const __grid_co
     for (int j = 0; j < kTogether; ++j) {
       const uint32_t of_warp = __reduce_max_sync(0xffffffff, most[j]);
       if (lane == 0) atomicMax(&most_of_token[first_token + j], of_warp);
-      plain_of_lane[j][threadIdx.x] = plain[j];
+#pragma unroll
+      for (int i = 0; i < kSums; ++i) sums_of_lane[i][j][threadIdx.x] = sums[i][j];
     }
   }
   __syncthreads();
@@ -184,7 +227,7 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_kernel(const __grid_co
     const int last = steps * kPairs - 1 - warp;
     bool again = F::kInteger;
     float per_unit[kTogether];
-    int sums[kTogether][kLimbs] = {};
+    int fixed_sums[kTogether][kLimbs] = {};
 #pragma unroll
     for (int j = 0; j < kTogether; ++j) {
       const float absmax = __uint_as_float(most_of_token[first_token + j]);
@@ -206,10 +249,10 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_kernel(const __grid_co
         for (int i = 0; i < kPerLane; ++i) {
           const uint32_t q = to_fixed<F, kLimbs>(v[j][i], per_unit[j]);
           if constexpr (kLimbs == 1) {
-            sums[j][0] += static_cast<int>(q << 16) >> 16;
+            fixed_sums[j][0] += static_cast<int>(q << 16) >> 16;
           } else {
-            sums[j][0] += static_cast<int>(q & 0xffff);
-            sums[j][1] += static_cast<int>(q) >> 16;
+            fixed_sums[j][0] += static_cast<int>(q & 0xffff);
+            fixed_sums[j][1] += static_cast<int>(q) >> 16;
           }
           if constexpr (kPerLane == 8) {
             fixed[i] = q;
@@ -233,7 +276,7 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_kernel(const __grid_co
     for (int j = 0; j < kTogether; ++j) {
 #pragma unroll
       for (int l = 0; l < kLimbs; ++l) {
-        const int of_warp = __reduce_add_sync(0xffffffff, sums[j][l]);
+        const int of_warp = __reduce_add_sync(0xffffffff, fixed_sums[j][l]);
         if (lane == 0) atomicAdd(&sum_of_token[(first_token + j) * kLimbs + l], of_warp);
       }
     }
@@ -241,18 +284,32 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_kernel(const __grid_co
   copy_engine_fence();
   __syncthreads();
 
+  // Needed last: under way while the tensor cores work, and no burden to what came before.
+  Column column{};
+  ConvColumn conv{};
+  float residual = 0.0f;
+  if (has_output) {
+    const int64_t n = row_of(threadIdx.x);
+    column = column_of(args.e, n);
+    if constexpr (kStep == BlockStep::kIn) conv = conv_column(args.conv, token_of(threadIdx.x), n);
+    if constexpr (kStep == BlockStep::kOut) residual = args.residual[token_of(threadIdx.x) * args.e.columns + n];
+  }
+
   // The last warps, which are the first to run out of tiles, tell every block of the cluster.
   const int plain_token = kFusedWarps - 1 - warp;
   if (args.has_plain && plain_token < tokens) {
-    float sum = 0.0f;
 #pragma unroll
-    for (int i = 0; i < kFusedWarps / kPairs; ++i) {
-      sum += plain_of_lane[plain_token % kTogether][(i * kPairs + plain_token / kTogether) * 32 + lane];
-    }
-    sum = warp_reduce(sum, Sum());
-    if (lane < parts) {
-      const uint32_t bits[1] = {__float_as_uint(sum)};
-      send(reinterpret_cast<uint32_t*>(&plain_of_part[rank * kTokens + plain_token]), &arrived, lane, parts, bits);
+    for (int s = 0; s < kSums; ++s) {
+      float sum = 0.0f;
+#pragma unroll
+      for (int i = 0; i < kFusedWarps / kPairs; ++i) {
+        sum += sums_of_lane[s][plain_token % kTogether][(i * kPairs + plain_token / kTogether) * 32 + lane];
+      }
+      sum = warp_reduce(sum, Sum());
+      if (lane < parts) {
+        const uint32_t bits[1] = {__float_as_uint(sum)};
+        send(reinterpret_cast<uint32_t*>(&sums_of_part[s][rank * kTokens + plain_token]), &arrived, lane, parts, bits);
+      }
     }
   }
 
@@ -311,9 +368,13 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_kernel(const __grid_co
 #pragma unroll 1
   for (int i = threadIdx.x; i < outputs; i += kFusedThreads) {
     const int64_t n = row_of(i);
-    const int m = i / kBitMmaRows % kTokens;
+    const int m = token_of(i);
     if (m >= tokens || n >= args.e.columns) continue;
-    if (i >= kFusedThreads) column = column_of(args.e, n);
+    if (i >= kFusedThreads) {
+      column = column_of(args.e, n);
+      if constexpr (kStep == BlockStep::kIn) conv = conv_column(args.conv, m, n);
+      if constexpr (kStep == BlockStep::kOut) residual = args.residual[m * args.e.columns + n];
+    }
     const float* from =
         partial + (i / (kBitMmaRows * kTokens) << parts_log2) * (kTokens * kBitMmaRows) + i % kBitMmaRows * kTokens + m;
     float y;
@@ -324,15 +385,32 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_kernel(const __grid_co
       y = finish(args.e, Token{int8_scale(__uint_as_float(most_of_token[m])), 0.0f, 0.0f}, column, sum);
     } else {
       float sum = 0.0f;
-      float plain_sum = 0.0f;
+      float of_token[kSums] = {};
 #pragma unroll 1
       for (int p = 0; p < parts; ++p) {
         sum += from[p * (kTokens * kBitMmaRows)];
-        if (args.has_plain) plain_sum += plain_of_part[p * kTokens + m];
+#pragma unroll
+        for (int s = 0; s < kSums; ++s) {
+          if (args.has_plain) of_token[s] += sums_of_part[s][p * kTokens + m];
+        }
       }
-      y = finish(args.e, Token{1.0f, 0.0f, plain_sum}, column, sum);
+      if constexpr (kNorm) {
+        const float inverse = rsqrtf(__fdividef(of_token[1], static_cast<float>(args.K)) + args.eps);
+        sum *= inverse;
+        of_token[0] *= inverse;
+      }
+      y = finish(args.e, Token{1.0f, 0.0f, of_token[0]}, column, sum);
     }
-    static_cast<T*>(args.e.out)[m * args.e.columns + n] = from_float<T>(y);
+    const int64_t at = m * args.e.columns + n;
+    if constexpr (kStep == BlockStep::kOut) {
+      args.residual[at] = residual + y;
+    } else {
+      T out = from_float<T>(y);
+      if constexpr (kStep == BlockStep::kIn) {
+        if (conv.at >= 0) out = from_float<T>(step_convolution(args.conv, conv, to_float(out)));
+      }
+      static_cast<T*>(args.e.out)[at] = out;
+    }
   }
 #endif
 }

@@ -13,7 +13,7 @@ constexpr int kMostFusedTokens = 128 / FusedFormat<F, T>::kPlanes;
 struct FusedPlan {
   int64_t tiles, clusters, part;
   int parts_log2;
-  size_t plane_bytes, shared_bytes;
+  size_t ring_bytes, plane_bytes, shared_bytes;
   bool fits;
 };
 
@@ -42,30 +42,35 @@ int clusters_at_once(void (*kernel)(Params...), int parts_log2) {
   return known[parts_log2];
 }
 
-template <typename F, typename T, int kColumns>
+template <typename F, typename T, int kColumns, BlockStep kStep>
 FusedPlan fused_plan(int64_t N, int64_t chunks, int parts_log2) {
   FusedPlan p;
   p.parts_log2 = parts_log2;
   p.tiles = ceil_div(N, kBitMmaRows);
-  const int64_t at_once = clusters_at_once(fused_kernel<F, T, kColumns, true>, parts_log2);
+  const int64_t at_once = clusters_at_once(fused_kernel<F, T, kColumns, true, kStep>, parts_log2);
   const int64_t wanted = at_once * ceil_div(p.tiles, at_once * kMostFusedTiles);
   p.clusters = p.tiles < wanted ? p.tiles : wanted;
   p.part = chunks > 0 ? ceil_div(chunks, int64_t(1) << parts_log2) : 1;
   p.plane_bytes = size_t(ceil_div(p.part, kBitMmaChunks)) * kBitMmaChunks * plane_pitch(kColumns);
-  const int64_t partials = ceil_div(ceil_div(p.tiles, p.clusters), int64_t(1) << parts_log2) << parts_log2;
-  p.shared_bytes = kPanelAlignment + kRingBytes + p.plane_bytes +
+  const int64_t most_tiles = ceil_div(p.tiles, p.clusters);
+  // Shared memory that no warpgroup needs is left to the next kernel.
+  p.ring_bytes = kRingBytes * (most_tiles < kFusedGroups ? most_tiles : kFusedGroups);
+  const int64_t partials = ceil_div(most_tiles, int64_t(1) << parts_log2) << parts_log2;
+  p.shared_bytes = kPanelAlignment + p.ring_bytes + p.plane_bytes +
                    size_t(partials) * kBitMmaRows * sizeof(float) * (kColumns / FusedFormat<F, T>::kPlanes);
-  constexpr size_t kStatic = 8192;  // room for the kernel's own shared variables
+  // More than half of a processor's, so that blocks which start while another kernel still runs spread over all of them
+  // and do not share the first that have room. A step's output projection leaves that room to the next input
+  // projection.
+  const size_t alone = size_t(device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor)) / 2 + 1024;
+  if (kStep != BlockStep::kOut && p.shared_bytes < alone) p.shared_bytes = alone;
+  constexpr size_t kStatic = 12288;  // room for the kernel's own shared variables
   p.fits = p.part * kChunkWords * F::kPerWord <= kMostFusedPart &&
            p.shared_bytes + kStatic <= size_t(device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin));
   return p;
 }
 
-template <typename F, typename T, int kColumns>
-void run_fused(const TokenSource& s, const Weights& w, const Epilogue& e, const FusedPlan& p, cudaStream_t stream) {
-  constexpr int kRun = FusedFormat<F, T>::kPerLane;
-  constexpr size_t kRunBytes = kRun * sizeof(T) < 16 ? kRun * sizeof(T) : 16;
-  FusedArgs args;
+inline FusedArgs fused_args(const TokenSource& s, const Weights& w, const Epilogue& e, const FusedPlan& p) {
+  FusedArgs args = {};
   args.x = s.x;
   args.scale = s.scale;
   args.shift = s.shift;
@@ -77,16 +82,33 @@ void run_fused(const TokenSource& s, const Weights& w, const Epilogue& e, const 
   args.tiles = static_cast<int>(p.tiles / p.clusters);
   args.extra = static_cast<int>(p.tiles % p.clusters);
   args.parts_log2 = p.parts_log2;
+  args.ring_bytes = static_cast<int>(p.ring_bytes);
   args.plane_bytes = static_cast<int>(p.plane_bytes);
   args.has_plain = s.has_plain;
   args.part = static_cast<int>(p.part);
   args.width = args.part < kStageChunks ? args.part : kStageChunks;
   args.width_inverse = (1 << 16) / args.width + 1;
-  Grid grid{dim3(static_cast<unsigned>(p.clusters << p.parts_log2)), kFusedThreads, p.shared_bytes};
+  return args;
+}
+
+inline Grid fused_grid(const FusedPlan& p) {
+  Grid grid{dim3(static_cast<unsigned>(p.clusters << p.parts_log2)), kFusedThreads, p.shared_bytes, true};
   grid.cluster = 1 << p.parts_log2;
-  const bool vectors =
-      w.vector && s.K % kRun == 0 && aligned(s.x, kRunBytes) && aligned(s.scale, 16) && aligned(s.shift, 16);
-  launch(vectors ? fused_kernel<F, T, kColumns, true> : fused_kernel<F, T, kColumns, false>, grid, stream, args);
+  grid.beside_previous = true;
+  return grid;
+}
+
+// Whether runs of activations, and of their scales, are vectors.
+template <typename F, typename T>
+bool fused_vectors(const TokenSource& s, const Weights& w) {
+  constexpr int kRun = FusedFormat<F, T>::kPerLane;
+  return w.vector && s.K % kRun == 0 && aligned(s.x, 16) && aligned(s.scale, 16) && aligned(s.shift, 16);
+}
+
+template <typename F, typename T, int kColumns>
+void run_fused(const TokenSource& s, const Weights& w, const Epilogue& e, const FusedPlan& p, cudaStream_t stream) {
+  launch(fused_vectors<F, T>(s, w) ? fused_kernel<F, T, kColumns, true> : fused_kernel<F, T, kColumns, false>,
+         fused_grid(p), stream, fused_args(s, w, e, p));
 }
 
 // Calls f with the number of columns, a constant.
@@ -102,7 +124,7 @@ auto with_fused_columns(int64_t tokens, Function&& f) {
 // Blocks of a cluster, as measured on an H200. More of them have less of the activations to prepare, and more to add
 // up: two, but four or eight where rows are few and processors would idle, and four where rows are many and more than
 // one token is to be prepared. Then as many as it takes for the activations to fit in shared memory.
-template <typename F, typename T, int kColumns>
+template <typename F, typename T, int kColumns, BlockStep kStep = BlockStep::kNone>
 FusedPlan choose_fused(int64_t tokens, int64_t N, int64_t chunks) {
   constexpr int64_t kFewTiles = 64;
   constexpr int64_t kManyTiles = 256;
@@ -110,8 +132,8 @@ FusedPlan choose_fused(int64_t tokens, int64_t N, int64_t chunks) {
   int parts_log2 = 1;
   if (tiles <= kFewTiles) parts_log2 = tokens == 1 ? 2 : 3;
   if (tiles > kManyTiles && tokens > 1) parts_log2 = 2;
-  FusedPlan p = fused_plan<F, T, kColumns>(N, chunks, parts_log2);
-  while (!p.fits && ++parts_log2 <= kMostFusedPartsLog2) p = fused_plan<F, T, kColumns>(N, chunks, parts_log2);
+  FusedPlan p = fused_plan<F, T, kColumns, kStep>(N, chunks, parts_log2);
+  while (!p.fits && ++parts_log2 <= kMostFusedPartsLog2) p = fused_plan<F, T, kColumns, kStep>(N, chunks, parts_log2);
   return p;
 }
 

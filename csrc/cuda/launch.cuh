@@ -18,6 +18,9 @@ struct Grid {
   bool overlaps_previous = false;
   // Blocks that share a cluster.
   int cluster = 1;
+  // Its blocks are to share processors with those of the kernel before. A processor divides its memory between shared
+  // memory and cache anew only when it is idle, so all such kernels want the most shared memory.
+  bool beside_previous = false;
 };
 
 // Thrown here, because the CUDA runtime inside this library keeps errors that torch's runtime never sees.
@@ -35,10 +38,13 @@ inline int device_attribute(cudaDeviceAttr attribute) {
 
 template <typename... Params, typename... Args>
 void launch(void (*kernel)(Params...), const Grid& grid, cudaStream_t stream, const Args&... args) {
-  constexpr size_t kSharedWithoutOptIn = 48 * 1024;
+  constexpr size_t kSharedWithoutOptIn = 32 * 1024;  // 48 KB with what the kernel declares itself
   if (grid.shared_bytes > kSharedWithoutOptIn) {
     check(
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(grid.shared_bytes)));
+  }
+  if (grid.beside_previous) {
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared));
   }
   cudaLaunchConfig_t config = {};
   config.gridDim = grid.blocks;

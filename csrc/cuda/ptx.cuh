@@ -58,7 +58,21 @@ __device__ inline uint4 load_streaming(const uint4* p) {
   return v;
 }
 
+// Sixteen bytes at once, which the compiler takes apart where they were words before.
+__device__ inline void store_vector(void* p, const uint32_t (&v)[4]) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3])
+               : "memory");
+}
+
 __device__ inline void prefetch_to_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+
+// The same of many bytes: 16 to a boundary, and a multiple of 16 of them. Memory written meanwhile is not a danger, as
+// it is written to L2, too: what is only prefetched may belong to kernels that still run.
+__device__ inline void prefetch_to_l2(const void* p, uint32_t bytes) {
+#if __CUDA_ARCH__ >= 900
+  if (bytes > 0) asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p), "r"(bytes));
+#endif
+}
 
 // Lets a kernel launched with Grid::overlaps_previous start, once every block has called this.
 __device__ inline void let_next_kernel_start() {

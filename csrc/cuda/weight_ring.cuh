@@ -2,6 +2,7 @@
 #pragma once
 
 #include "bit_mma.cuh"
+#include "conv_step.cuh"
 #include "epilogue.cuh"
 #include "hopper.cuh"
 #include "ptx.cuh"
@@ -18,7 +19,7 @@ constexpr int kFusedStages = 2;  // of a warpgroup: 128 KB in flight for the blo
 constexpr int kChunkWords = 4;
 constexpr int kPanelBytes = kBitMmaRows * kPanelRowBytes;
 constexpr int kStageBytes = kStageChunks / kPanelChunks * kPanelBytes;
-constexpr int kRingBytes = kFusedGroups * kFusedStages * kStageBytes;
+constexpr int kRingBytes = kFusedStages * kStageBytes;  // of a warpgroup
 
 // What is needed first comes first: constants arrive a line at a time.
 struct FusedArgs {
@@ -35,9 +36,15 @@ struct FusedArgs {
   int tiles;          // of 64 rows: as many for each cluster, one more for the first `extra`
   int extra;
   int parts_log2;  // blocks of a cluster
+  int ring_bytes;
   int plane_bytes;
   bool has_plain;
   Epilogue e;
+  // Of a step of the Mamba-2 block alone.
+  const float* norm;  // [K]
+  float eps;
+  float* residual;  // [tokens, columns]
+  ConvStep conv;
 };
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -50,7 +57,7 @@ class WeightRing {
   __device__ WeightRing(const FusedArgs& args, uint8_t* rings, int group, int tiles, int64_t first_row, int first_chunk,
                         int chunks)
       : args_(args),
-        ring_(rings + group * (kFusedStages * kStageBytes)),
+        ring_(rings + group * kRingBytes),
         group_(group),
         tiles_(tiles),
         first_row_(first_row),

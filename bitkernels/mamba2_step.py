@@ -1,0 +1,93 @@
+"""``mamba2_in_step`` and ``mamba2_out_step``: a decode step of the Mamba-2 block on either side of ``ssd_step``."""
+
+import torch
+from torch import Tensor
+
+from bitkernels import _ops  # noqa: F401  (loads the operators)
+
+
+def mamba2_in_step(
+    residual: Tensor,
+    norm_weight: Tensor,
+    w_packed: Tensor,
+    alpha: Tensor,
+    beta: Tensor,
+    conv_state: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    conv_start: int,
+    dtype: torch.dtype,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    state_indices: Tensor | None = None,
+) -> Tensor:
+    """One token: RMSNorm, the packed input projection, and the causal convolution's step over some of its columns.
+
+    ``y = packed_linear(rms_norm(residual) * norm_weight)``, and then
+    ``y[:, conv_start:conv_start + C] = causal_conv1d_step(conv_state, those columns)`` with SiLU.
+
+    Args:
+        residual: [B, K], float32 (float64 where dtype is).
+        norm_weight: [K], any floating dtype.
+        w_packed, alpha, beta, bias: of :func:`bitkernels.packed_linear`, with N rows.
+        conv_state: [B, W - 1, C], any floating dtype of activations, the inputs before this token, oldest first;
+            overwritten with the last W - 1 inputs. With state_indices [slots, W - 1, C].
+        conv_weight: [C, W], any floating dtype.
+        conv_bias: [C], optional.
+        conv_start: the first of the C columns that the convolution takes.
+        dtype: of the result and of what enters the convolution: float32, bfloat16 or float16 (float64 on the CPU).
+        eps: added to the mean square.
+        state_indices: int32 or int64 [B], which state each request has; distinct. A request with a negative
+            index is padding: it has no state, its history counts as zero.
+
+    Returns:
+        y [B, N] in dtype. Not differentiable.
+
+    Raises:
+        ValueError: an argument's dtype, shape or device does not fit; the message names it.
+    """
+    return torch.ops.bitkernels.mamba2_in_step(
+        residual, norm_weight, w_packed, alpha, beta, conv_state, conv_weight, conv_bias, conv_start, dtype, bias, eps,
+        state_indices,
+    )  # fmt: skip
+
+
+def mamba2_out_step(
+    residual: Tensor,
+    y: Tensor,
+    norm_weight: Tensor,
+    w_packed: Tensor,
+    alpha: Tensor,
+    beta: Tensor,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> None:
+    """One token: ``residual += packed_linear(rms_norm(y) * norm_weight)``.
+
+    Args:
+        residual: [B, N], float32 (float64 where y is); updated in place.
+        y: [B, K], float32, bfloat16 or float16 (float64 on the CPU).
+        norm_weight: [K], any floating dtype.
+        w_packed, alpha, beta, bias: of :func:`bitkernels.packed_linear`, with N rows.
+        eps: added to the mean square.
+
+    Not differentiable.
+
+    Raises:
+        ValueError: an argument's dtype, shape or device does not fit; the message names it.
+    """
+    torch.ops.bitkernels.mamba2_out_step(residual, y, norm_weight, w_packed, alpha, beta, bias, eps)
+
+
+@torch.library.register_fake("bitkernels::mamba2_in_step")
+def _(
+    residual, norm_weight, w_packed, alpha, beta, conv_state, conv_weight, conv_bias, conv_start, dtype, bias=None,
+    eps=1e-5, state_indices=None,
+):  # fmt: skip
+    torch._check(residual.dim() == 2, lambda: f"mamba2_in_step: residual must be [B, K], got {list(residual.shape)}")
+    return residual.new_empty(residual.shape[0], w_packed.shape[0], dtype=dtype)
+
+
+@torch.library.register_fake("bitkernels::mamba2_out_step")
+def _(residual, y, norm_weight, w_packed, alpha, beta, bias=None, eps=1e-5):
+    torch._check(y.dim() == 2, lambda: f"mamba2_out_step: y must be [B, K], got {list(y.shape)}")

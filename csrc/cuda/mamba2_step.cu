@@ -1,0 +1,235 @@
+// What lies on either side of the state in a decode step of the Mamba-2 block. A few tokens take one kernel on Hopper;
+// elsewhere the parts run one after the other.
+#include "fused_launch.cuh"
+#include "reduce.cuh"
+
+namespace bitkernels::cuda {
+namespace {
+
+constexpr int kNormThreads = 256;
+
+template <bool kVector, typename T>
+__device__ void store_eight(T* to, int64_t left, const float (&v)[8]) {
+  if constexpr (kVector && sizeof(T) == 2) {
+    uint32_t words[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      words[i] = bits_of(from_float<T>(v[2 * i])) | bits_of(from_float<T>(v[2 * i + 1])) << 16;
+    store_vector(to, words);
+  } else {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      if (i < left) to[i] = from_float<T>(v[i]);
+    }
+  }
+}
+
+// out[M, K] = x / rms(x) * weight; a block a row, eight neighbours a thread. kVector: rows are whole vectors.
+template <typename X, typename T, bool kVector>
+__global__ void __launch_bounds__(kNormThreads) norm_kernel(const X* x, const float* weight, T* out, int K, float eps) {
+  __shared__ float scratch[kNormThreads / 32];
+  let_next_kernel_start();
+  wait_for_previous_kernel();
+  const X* row = x + int64_t(blockIdx.x) * K;
+  float squares = 0.0f;
+  Run<8, X> run;
+  for (int k = 8 * threadIdx.x; k < K; k += 8 * kNormThreads) {
+    run.template load<kVector>(row, k, K);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) squares = fmaf(run[i], run[i], squares);
+  }
+  const float inverse = rsqrtf(block_reduce(squares, Sum(), scratch) / static_cast<float>(K) + eps);
+  for (int k = 8 * threadIdx.x; k < K; k += 8 * kNormThreads) {
+    run.template load<kVector>(row, k, K);
+    Run<8, float> scale;
+    scale.template load<kVector>(weight, k, K);
+    float v[8];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) v[i] = run[i] * inverse * scale[i];
+    store_eight<kVector>(out + int64_t(blockIdx.x) * K + k, K - k, v);
+  }
+}
+
+// Any number of taps, one after the other.
+__device__ float step_long_convolution(const ConvStep& p, int64_t request, int64_t channel, float v) {
+  const int64_t slot = slot_of(p.state_indices, p.slots, request);
+  const int64_t at = slot * p.state_batch + channel;
+  float sum = p.bias ? static_cast<const float*>(p.bias)[channel] : 0.0f;
+  for (int64_t w = 0; w < p.W; ++w) {
+    float input = w + 1 < p.W ? 0.0f : v;
+    if (w + 1 < p.W && slot >= 0) input = load(p.state, p.state_dtype, at + w * p.state_row);
+    if (w > 0 && slot >= 0) store(p.state, p.state_dtype, at + (w - 1) * p.state_row, input);
+    sum = fmaf(input, static_cast<const float*>(p.weight)[channel * p.W + w], sum);
+  }
+  return silu(sum);
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kNormThreads) conv_kernel(T* y, int64_t columns, ConvStep p) {
+  let_next_kernel_start();
+  wait_for_previous_kernel();
+  const int64_t channel = int64_t(blockIdx.x) * kNormThreads + threadIdx.x;
+  if (channel >= p.channels) return;
+  T* at = y + blockIdx.y * columns + p.first + channel;
+  const float v = to_float(*at);
+  *at = from_float<T>(p.W > kMostTaps ? step_long_convolution(p, blockIdx.y, channel, v)
+                                      : step_convolution(p, conv_column(p, blockIdx.y, p.first + channel), v));
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kNormThreads) add_kernel(float* residual, const T* y, int64_t count) {
+  let_next_kernel_start();
+  wait_for_previous_kernel();
+  const int64_t i = int64_t(blockIdx.x) * kNormThreads + threadIdx.x;
+  if (i < count) residual[i] += to_float(y[i]);
+}
+
+struct Scales {
+  TokenSource source;
+  Epilogue epilogue;
+};
+
+// Column scales belong to the activations; row and single scales to the output.
+Scales scales(const PackedLinear& p, DType dtype_of_x) {
+  const float* alpha = static_cast<const float*>(p.alpha);
+  const float* beta = static_cast<const float*>(p.beta);
+  Scales s{{p.x, nullptr, nullptr, 1, true, dtype_of_x, p.M, p.K},
+           {nullptr, nullptr, p.axis == ScaleAxis::kRow ? 1 : 0, static_cast<const float*>(p.bias), p.y, p.dtype, p.N}};
+  (p.axis == ScaleAxis::kColumn ? s.source.scale : s.epilogue.scale) = alpha;
+  (p.axis == ScaleAxis::kColumn ? s.source.shift : s.epilogue.shift) = beta;
+  return s;
+}
+
+template <BlockStep kStep>
+struct StepOperands {
+  const float* norm;
+  float eps;
+  float* residual;
+  ConvStep conv;
+};
+
+// Calls f(columns, plan) where one kernel can do it, and tells whether.
+template <BlockStep kStep, typename T, typename Function>
+bool with_fused_plan(const Scales& s, const Weights& w, const StepOperands<kStep>& o, int64_t tokens, Function&& f) {
+#ifdef BITKERNELS_SM90A
+  if (device_attribute(cudaDevAttrComputeCapabilityMajor) != 9) return false;
+  if (!fused_vectors<SignF16, T>(s.source, w) || !aligned(o.norm, 16)) return false;
+  if (kStep == BlockStep::kIn && o.conv.W > kMostTaps) return false;
+  return with_fused_columns<SignF16, T>(tokens, [&](auto columns) {
+    const FusedPlan plan = choose_fused<SignF16, T, columns, kStep>(tokens, w.rows, ceil_div(w.words, kChunkWords));
+    if (plan.fits) f(columns, plan);
+    return plan.fits;
+  });
+#else
+  return false;
+#endif
+}
+
+template <BlockStep kStep, typename T>
+bool run_fused_step(const Scales& all, const Weights& w, const StepOperands<kStep>& o, cudaStream_t stream) {
+  using X = std::conditional_t<kStep == BlockStep::kIn, float, T>;
+  constexpr int64_t kMost = kMostFusedTokens<SignF16, T>;
+  const int64_t M = all.source.M, N = all.epilogue.columns;
+  if (M > kMostTokens) return false;
+  // The largest batch first: if it fits, the others do.
+  for (int64_t m = 0; m < M; m += kMost) {
+    Scales s = all;
+    s.source.M = M - m < kMost ? M - m : kMost;
+    s.source.x = static_cast<const X*>(all.source.x) + m * all.source.K;
+    const bool done = with_fused_plan<kStep, T>(s, w, o, s.source.M, [&](auto columns, const FusedPlan& plan) {
+      FusedArgs args = fused_args(s.source, w, s.epilogue, plan);
+      args.norm = o.norm;
+      args.eps = o.eps;
+      if constexpr (kStep == BlockStep::kIn) {
+        args.e.out = static_cast<T*>(all.epilogue.out) + m * N;
+        args.conv = o.conv;
+        if (o.conv.state_indices) {
+          args.conv.state_indices += m;
+        } else {
+          args.conv.state = static_cast<char*>(o.conv.state) +
+                            m * o.conv.state_batch * (o.conv.state_dtype == DType::kFloat32 ? 4 : 2);
+          args.conv.slots -= m;
+        }
+      } else {
+        args.residual = o.residual + m * N;
+      }
+      launch(fused_kernel<SignF16, T, columns, true, kStep>, fused_grid(plan), stream, args);
+    });
+    if (!done) return false;
+  }
+  return true;
+}
+
+int64_t bytes_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+
+int64_t aligned_bytes(int64_t bytes) { return ceil_div(bytes, 256) * 256; }
+
+// Workspace: the normalised activations, the product's own, and the product where it is not kept.
+int64_t normalised_bytes(const PackedLinear& p) { return aligned_bytes(p.M * p.K * bytes_of(p.dtype)); }
+
+// The product of the normalised activations, which lie at the start of the workspace.
+PackedLinear product(const PackedLinear& p, void* y) {
+  PackedLinear normalised = p;
+  normalised.x = p.workspace;
+  normalised.y = y;
+  normalised.workspace = static_cast<char*>(p.workspace) + normalised_bytes(p);
+  return normalised;
+}
+
+int64_t product_bytes(const PackedLinear& p) { return aligned_bytes(packed_linear_workspace(product(p, nullptr))); }
+
+template <typename X, typename T>
+void normalise_and_multiply(const PackedLinear& p, const void* norm, double eps, T* y, cudaStream_t stream) {
+  const bool vectors = p.K % 8 == 0 && aligned(p.x, 16) && aligned(norm, 16);
+  launch(vectors ? norm_kernel<X, T, true> : norm_kernel<X, T, false>,
+         step_grid(dim3(static_cast<unsigned>(p.M)), kNormThreads), stream, static_cast<const X*>(p.x),
+         static_cast<const float*>(norm), static_cast<T*>(p.workspace), static_cast<int>(p.K), static_cast<float>(eps));
+  packed_linear(product(p, y), stream);
+}
+
+}  // namespace
+
+int64_t mamba2_in_step_workspace(const Mamba2InStep& p) { return normalised_bytes(p.linear) + product_bytes(p.linear); }
+
+void mamba2_in_step(const Mamba2InStep& p, Executor stream) {
+  const PackedLinear& linear = p.linear;
+  const Scales s = scales(linear, DType::kFloat32);
+  const Weights w = weights(linear.w_packed, linear.N, ceil_div(linear.K, kSignsPerWord));
+  const StepOperands<BlockStep::kIn> o{static_cast<const float*>(p.norm_weight), static_cast<float>(p.eps), nullptr,
+                                       p.conv};
+  dispatch_float(linear.dtype, [&](auto t) {
+    using T = decltype(t);
+    if (run_fused_step<BlockStep::kIn, T>(s, w, o, stream)) return;
+    T* y = static_cast<T*>(linear.y);
+    normalise_and_multiply<float, T>(linear, p.norm_weight, p.eps, y, stream);
+    if (p.conv.channels == 0) return;
+    const dim3 blocks(static_cast<unsigned>(ceil_div(p.conv.channels, kNormThreads)), static_cast<unsigned>(linear.M));
+    launch(conv_kernel<T>, step_grid(blocks, kNormThreads), stream, y, linear.N, p.conv);
+  });
+}
+
+int64_t mamba2_out_step_workspace(const Mamba2OutStep& p) {
+  const PackedLinear& linear = p.linear;
+  return normalised_bytes(linear) + product_bytes(linear) + linear.M * linear.N * bytes_of(linear.dtype);
+}
+
+void mamba2_out_step(const Mamba2OutStep& p, Executor stream) {
+  const PackedLinear& linear = p.linear;
+  const Scales s = scales(linear, linear.dtype);
+  const Weights w = weights(linear.w_packed, linear.N, ceil_div(linear.K, kSignsPerWord));
+  float* residual = static_cast<float*>(p.residual);
+  const StepOperands<BlockStep::kOut> o{
+      static_cast<const float*>(p.norm_weight), static_cast<float>(p.eps), residual, {}};
+  dispatch_float(linear.dtype, [&](auto t) {
+    using T = decltype(t);
+    if (run_fused_step<BlockStep::kOut, T>(s, w, o, stream)) return;
+    T* y =
+        reinterpret_cast<T*>(static_cast<char*>(linear.workspace) + normalised_bytes(linear) + product_bytes(linear));
+    normalise_and_multiply<T, T>(linear, p.norm_weight, p.eps, y, stream);
+    const int64_t count = linear.M * linear.N;
+    launch(add_kernel<T>, step_grid(dim3(static_cast<unsigned>(ceil_div(count, kNormThreads))), kNormThreads), stream,
+           residual, y, count);
+  });
+}
+
+}  // namespace bitkernels::cuda

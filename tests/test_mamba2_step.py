@@ -1,0 +1,269 @@
+from dataclasses import dataclass
+
+import pytest
+import torch
+from helpers import TOLERANCE, assert_close, check_compile, check_cuda_graph, noncontiguous, opcheck, wide
+
+import bitkernels
+from bitkernels import reference
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@dataclass
+class Case:
+    """A projection [N, K] whose columns [start, start + C) are convolved."""
+
+    batch: int
+    N: int
+    K: int
+    start: int
+    C: int
+    W: int = 4
+    scales: str = "column"
+    bias: bool = False
+
+    def __str__(self):
+        return f"B{self.batch}-N{self.N}-K{self.K}-C{self.C}-W{self.W}-{self.scales}{'-bias' * self.bias}"
+
+
+CASES = [
+    Case(1, 5, 33, 1, 3),
+    Case(1, 200, 1024, 64, 100),
+    Case(1, 10576, 256, 5120, 5376),
+    Case(2, 130, 96, 30, 70, W=2, scales="row", bias=True),
+    Case(3, 130, 256, 0, 130, scales="single"),
+    Case(5, 70, 512, 10, 40, W=1),
+    Case(8, 648, 640, 300, 340, bias=True),
+    Case(8, 64, 256, 8, 16, W=6),
+    Case(13, 96, 128, 32, 32),
+    Case(130, 136, 64, 40, 90, scales="row"),
+    Case(0, 16, 32, 4, 8),
+]
+
+
+def projection(case, device, acc):
+    """norm_weight, w_packed, alpha, beta and bias."""
+    shape = {"column": (case.K,), "row": (case.N, 1), "single": (1,)}[case.scales]
+    return (
+        torch.randn(case.K, device=device, dtype=acc),
+        bitkernels.pack_sign(torch.randn(case.N, case.K, device=device)),
+        torch.rand(shape, device=device, dtype=acc) + 0.1,
+        torch.randn(shape, device=device, dtype=acc) * 0.1,
+        torch.randn(case.N, device=device, dtype=acc) if case.bias else None,
+    )
+
+
+def in_inputs(case, device, dtype, state_dtype=None, slots=None):
+    """What mamba2_in_step takes, by name."""
+    acc = torch.float64 if dtype == torch.float64 else torch.float32
+    norm_weight, w_packed, alpha, beta, bias = projection(case, device, acc)
+    return {
+        "residual": 3 * torch.randn(case.batch, case.K, device=device, dtype=acc),
+        "norm_weight": norm_weight,
+        "w_packed": w_packed,
+        "alpha": alpha,
+        "beta": beta,
+        "conv_state": torch.randn(slots or case.batch, case.W - 1, case.C, device=device).to(state_dtype or acc),
+        "conv_weight": torch.randn(case.C, case.W, device=device, dtype=acc),
+        "conv_bias": torch.randn(case.C, device=device, dtype=acc) if case.bias else None,
+        "conv_start": case.start,
+        "bias": bias,
+        "eps": 1e-3,
+    }
+
+
+def out_inputs(case, device, dtype):
+    """What mamba2_out_step takes, by name."""
+    acc = torch.float64 if dtype == torch.float64 else torch.float32
+    norm_weight, w_packed, alpha, beta, bias = projection(case, device, acc)
+    return {
+        "residual": torch.randn(case.batch, case.N, device=device, dtype=acc),
+        "y": torch.randn(case.batch, case.K, device=device).to(dtype),
+        "norm_weight": norm_weight,
+        "w_packed": w_packed,
+        "alpha": alpha,
+        "beta": beta,
+        "bias": bias,
+        "eps": 1e-3,
+    }
+
+
+def wide_arguments(given):
+    return dict(zip(given, wide(*given.values()), strict=True))
+
+
+@pytest.mark.memcheck
+@pytest.mark.parametrize("state_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_in_step(case, dtype, state_dtype, device):
+    given = in_inputs(case, device, dtype, state_dtype)
+    ref = wide_arguments(given)
+    for _ in range(2):  # the second takes what the first left
+        y = bitkernels.mamba2_in_step(**given, dtype=dtype)
+        y_ref = reference.mamba2_in_step(**ref)
+        assert y.dtype == dtype
+        assert_close("y", y, y_ref, max(TOLERANCE[dtype], TOLERANCE[state_dtype]))
+    assert_close("conv_state", given["conv_state"], ref["conv_state"], max(TOLERANCE[dtype], TOLERANCE[state_dtype]))
+
+
+@pytest.mark.memcheck
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_out_step(case, dtype, device):
+    given = out_inputs(case, device, dtype)
+    ref = wide_arguments(given)
+    before = ref["residual"].clone()
+    bitkernels.mamba2_out_step(**given)
+    reference.mamba2_out_step(**ref)
+    assert_close("added", given["residual"].cpu().double() - before, ref["residual"] - before, TOLERANCE[dtype])
+
+
+def test_float64():
+    given = in_inputs(CASES[3], "cpu", torch.float64)
+    ref = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in given.items()}
+    assert_close("y", bitkernels.mamba2_in_step(**given, dtype=torch.float64), reference.mamba2_in_step(**ref))
+    assert_close("conv_state", given["conv_state"], ref["conv_state"])
+    given = out_inputs(CASES[3], "cpu", torch.float64)
+    ref = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in given.items()}
+    bitkernels.mamba2_out_step(**given)
+    reference.mamba2_out_step(**ref)
+    assert_close("residual", given["residual"], ref["residual"])
+
+
+@pytest.mark.parametrize("batch", [1, 4, 8, 20])
+def test_as_accurate_as_the_parts(batch, device):
+    """In bf16 the fused step errs no more than norm, projection and convolution of its own each."""
+    case, dtype = Case(batch, 640, 512, 64, 512), torch.bfloat16
+    given = in_inputs(case, device, dtype)
+    ref = wide_arguments(given)
+    state = given["conv_state"].clone()
+    y = bitkernels.mamba2_in_step(**given, dtype=dtype)
+    normalised = torch.nn.functional.rms_norm(given["residual"], (case.K,), given["norm_weight"], 1e-3).to(dtype)
+    parts = bitkernels.packed_linear(normalised, given["w_packed"], given["alpha"], given["beta"])
+    columns = slice(case.start, case.start + case.C)
+    parts[:, columns] = bitkernels.causal_conv1d_step(state, parts[:, columns], given["conv_weight"])
+    y_ref = reference.mamba2_in_step(**ref)
+
+    def error(out):
+        return (out.cpu().double() - y_ref).square().mean().sqrt().item()
+
+    assert error(y) <= 1.1 * error(parts)
+
+
+@pytest.mark.memcheck
+@pytest.mark.parametrize("batch", [1, 3, 5, 12])
+@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64], ids=str)
+def test_slots(batch, index_dtype, device):
+    """A request moves the slot it names; padding and other slots stay."""
+    case = Case(batch, 130, 256, 30, 70)
+    given = in_inputs(case, device, torch.float32, slots=16)
+    slots = torch.tensor([6, -1, 0, 3, -7, 15, 1, 2, 4, 5, 7, 8][:batch], dtype=index_dtype, device=device)
+    ref = wide_arguments(given)
+    y = bitkernels.mamba2_in_step(**given, dtype=torch.float32, state_indices=slots)
+    y_ref = reference.mamba2_in_step(**ref, state_indices=slots.cpu())
+    assert_close("y", y, y_ref)
+    assert_close("conv_state", given["conv_state"], ref["conv_state"])
+
+
+def test_noncontiguous(device):
+    given = in_inputs(CASES[3], device, torch.float32)
+    views = {k: noncontiguous(v) if isinstance(v, torch.Tensor) else v for k, v in given.items()}
+    expected = bitkernels.mamba2_in_step(**given, dtype=torch.float32)
+    assert torch.equal(bitkernels.mamba2_in_step(**views, dtype=torch.float32), expected)
+    assert torch.equal(views["conv_state"], given["conv_state"])
+    given = out_inputs(CASES[3], device, torch.float32)
+    views = {k: noncontiguous(v) if isinstance(v, torch.Tensor) else v for k, v in given.items()}
+    bitkernels.mamba2_out_step(**given)
+    bitkernels.mamba2_out_step(**views)
+    assert torch.equal(views["residual"], given["residual"])
+
+
+@pytest.mark.parametrize("case", [CASES[1], CASES[6]], ids=str)
+def test_same_bits_every_run(case, device):
+    given = in_inputs(case, device, torch.bfloat16)
+    again = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in given.items()}
+    y = bitkernels.mamba2_in_step(**given, dtype=torch.bfloat16)
+    assert torch.equal(bitkernels.mamba2_in_step(**again, dtype=torch.bfloat16), y)
+    assert torch.equal(again["conv_state"], given["conv_state"])
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-20, 1e15])
+def test_extreme_inputs(size, device):
+    given = in_inputs(Case(2, 32, 64, 8, 16), device, torch.float32)
+    given["residual"] *= size
+    ref = wide_arguments(given)
+    assert_close("y", bitkernels.mamba2_in_step(**given, dtype=torch.float32), reference.mamba2_in_step(**ref))
+
+
+def test_opcheck(device):
+    given = in_inputs(Case(2, 20, 32, 4, 8, bias=True), device, torch.float32)
+    opcheck(torch.ops.bitkernels.mamba2_in_step.default, (), {**given, "dtype": torch.bfloat16}, grad=False)
+    given = out_inputs(Case(2, 20, 32, 4, 8, bias=True), device, torch.float32)
+    opcheck(torch.ops.bitkernels.mamba2_out_step.default, (), given, grad=False)
+
+
+def test_compile_and_cuda_graph(device):
+    case = CASES[6]
+    given, out = in_inputs(case, device, torch.float32), out_inputs(case, device, torch.float32)
+
+    def function(conv_state, residual):
+        conv_state, residual = conv_state.clone(), residual.clone()
+        y = bitkernels.mamba2_in_step(**{**given, "conv_state": conv_state}, dtype=torch.float32)
+        bitkernels.mamba2_out_step(**{**out, "residual": residual})
+        return y, conv_state, residual
+
+    args = (given["conv_state"], out["residual"])
+    check_compile(function, args)
+    if device == "cuda":
+        check_cuda_graph(function, args)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"residual": torch.ones(2, 32).bfloat16()}, "mamba2_in_step: residual must be Float, got BFloat16"),
+        ({"residual": torch.ones(32)}, r"mamba2_in_step: residual must be \[B, K\], got \[32\]"),
+        ({"norm_weight": torch.ones(31)}, r"mamba2_in_step: norm_weight .*got \[31\]"),
+        ({"alpha": torch.ones(31)}, r"mamba2_in_step: alpha .*got \[31\]"),
+        ({"beta": torch.ones(1)}, r"mamba2_in_step: beta must have alpha's shape"),
+        ({"bias": torch.ones(3)}, r"mamba2_in_step: bias .*got \[3\]"),
+        ({"conv_state": torch.ones(2, 3, 9)}, r"mamba2_in_step: conv_state .*got \[2, 3, 9\]"),
+        ({"conv_state": torch.ones(2, 3, 8).int()}, "mamba2_in_step: conv_state .*got Int"),
+        ({"conv_weight": torch.ones(8)}, r"mamba2_in_step: conv_weight must be \[C, W\], got \[8\]"),
+        ({"conv_bias": torch.ones(9)}, r"mamba2_in_step: conv_bias .*got \[9\]"),
+        ({"conv_start": 13}, "mamba2_in_step: conv_start must leave room for 8 channels in 20 columns, got 13"),
+        ({"state_indices": torch.ones(3).long()}, r"mamba2_in_step: state_indices .*got \[3\]"),
+        ({"dtype": torch.int32}, "mamba2_in_step: dtype must be float32, bfloat16 or float16, got Int"),
+    ],
+)
+def test_bad_input(change, words, device):
+    given = {**in_inputs(Case(2, 20, 32, 4, 8, bias=True), device, torch.float32), "dtype": torch.float32}
+    change = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in change.items()}
+    with pytest.raises(ValueError, match=words):
+        bitkernels.mamba2_in_step(**{**given, **change})
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"residual": torch.ones(2, 21)}, r"mamba2_out_step: residual .*got \[2, 21\]"),
+        ({"residual": torch.ones(2, 20).half()}, "mamba2_out_step: residual must be Float, got Half"),
+        ({"y": torch.ones(2, 32, dtype=torch.int32)}, "mamba2_out_step: y must be .*got Int"),
+        ({"norm_weight": torch.ones(33)}, r"mamba2_out_step: norm_weight .*got \[33\]"),
+    ],
+)
+def test_bad_output_step(change, words, device):
+    given = out_inputs(Case(2, 20, 32, 4, 8), device, torch.float32)
+    with pytest.raises(ValueError, match=words):
+        bitkernels.mamba2_out_step(**{**given, **{k: v.to(device) for k, v in change.items()}})
+
+
+def test_slot_out_of_range():
+    """On a GPU, where reading the indices would wait for it, such a request is padding."""
+    given = in_inputs(Case(2, 20, 32, 4, 8), "cpu", torch.float32)
+    with pytest.raises(
+        ValueError, match="mamba2_in_step: state_indices must be below the 2 slots of conv_state, got 2"
+    ):
+        bitkernels.mamba2_in_step(**given, dtype=torch.float32, state_indices=torch.tensor([0, 2]))
