@@ -9,8 +9,6 @@
 // others have 64 rows of the tile each.
 #pragma once
 
-#include <cfloat>
-
 #include "bit_prepare.cuh"
 #include "epilogue.cuh"
 #include "hopper.cuh"

@@ -1,6 +1,8 @@
 // Activations become planes of bits, in the order in which bit_matmul.cuh brings them to the tensor cores.
 #pragma once
 
+#include <cfloat>
+
 #include "bit_mma.cuh"
 #include "bit_planes.cuh"
 #include "launch.cuh"
