@@ -10,11 +10,10 @@
 // only. Its four warpgroups ask for the weights of their first tiles, and while these travel the block prepares. What
 // a block has of a tile goes to the block of the cluster that owns the tile, which adds the parts in order.
 //
-// The kernel may start while the one before it runs: it then brings its weights as far as L2.
-//
-// In a step of the Mamba-2 block an RMSNorm goes before. Its weight is one more scale of the activations, its divisor a
-// factor of the sums: squares are summed where sums of shifted activations are. Afterwards some columns take a step of
-// the causal convolution (kIn), or all are added to the residual (kOut).
+// In a step of the Mamba-2 block the kernel may start while the one before it runs: it then brings its weights as far
+// as L2. An RMSNorm goes before. Its weight is one more scale of the activations, its divisor a factor of the sums:
+// squares are summed where sums of shifted activations are. Afterwards some columns take a step of the causal
+// convolution (kIn), or all are added to the residual (kOut).
 #pragma once
 
 #include <cfloat>
@@ -42,9 +41,9 @@ constexpr int plane_pitch(int columns) { return columns * 16; }
 enum class BlockStep { kNone, kIn, kOut };
 
 // kColumns: planes of all tokens; 16, 64 or 128. kAligned: rows of x and of the weights are whole vectors.
-// One token leaves room for the blocks of the next kernel.
+// A step of one token leaves room for the blocks of the next kernel.
 template <typename F, typename T, int kColumns, bool kAligned, BlockStep kStep = BlockStep::kNone>
-__global__ void __launch_bounds__(kFusedThreads, kColumns == 16 ? 2 : 1)
+__global__ void __launch_bounds__(kFusedThreads, kStep != BlockStep::kNone && kColumns == 16 ? 2 : 1)
     fused_kernel(const __grid_constant__ FusedArgs args) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using Format = FusedFormat<F, T>;
@@ -164,7 +163,7 @@ __global__ void __launch_bounds__(kFusedThreads, kColumns == 16 ? 2 : 1)
   if (threadIdx.x < kTokens * kLimbs) sum_of_token[threadIdx.x] = 0;
   __syncwarp();
   if (parts > 1) arrive_at_cluster();
-  if constexpr (kAligned) {
+  if constexpr (kNorm && kAligned) {
     // Each warp of the cluster a piece of its weights.
     const int64_t bytes = min(args.e.columns - first_row, int64_t(tiles) * kBitMmaRows) * 4 * args.words;
     const int64_t piece = (bytes >> parts_log2) / (kFusedWarps * kChunkBytes) * kChunkBytes + kChunkBytes;
@@ -177,15 +176,17 @@ __global__ void __launch_bounds__(kFusedThreads, kColumns == 16 ? 2 : 1)
     if (k < end_k) {
       if (F::kPerWord == kSignsPerWord && args.scale) prefetch_to_l2(args.scale + k);
       if (F::kPerWord == kSignsPerWord && args.shift) prefetch_to_l2(args.shift + k);
-      if constexpr (kNorm) prefetch_to_l2(args.norm + k);
+      prefetch_to_l2(args.norm + k);
     }
   }
   if constexpr (kStep == BlockStep::kIn) {
     if (has_output) prefetch_conv(args.conv, token_of(threadIdx.x), row_of(threadIdx.x));
   }
-  if (parts > 1) wait_for_arrivals();
-  let_next_kernel_start();
-  wait_for_previous_kernel();
+  if constexpr (kNorm) {
+    if (parts > 1) wait_for_arrivals();
+    let_next_kernel_start();
+    wait_for_previous_kernel();
+  }
 
   int task = warp;
   if (task < measured && prepares) load(task, measured_from, measured_end);
@@ -197,6 +198,20 @@ __global__ void __launch_bounds__(kFusedThreads, kColumns == 16 ? 2 : 1)
       prefetch(later, measured_from, measured_end);
   }
 
+  Column column{};
+  ConvColumn conv{};
+  float residual = 0.0f;
+  const auto load_column = [&] {
+    if (!has_output) return;
+    const int64_t n = row_of(threadIdx.x);
+    column = column_of(args.e, n);
+    if constexpr (kStep == BlockStep::kIn) conv = conv_column(args.conv, token_of(threadIdx.x), n);
+    if constexpr (kStep == BlockStep::kOut) residual = args.residual[token_of(threadIdx.x) * args.e.columns + n];
+  };
+  if constexpr (!kNorm) {
+    load_column();  // needed last, and as far away as the rest
+    if (parts > 1) wait_for_arrivals();
+  }
   __syncthreads();
 
   // Forth, for the largest element, and back, for the bits: what came last need not be read again.
@@ -284,16 +299,8 @@ __global__ void __launch_bounds__(kFusedThreads, kColumns == 16 ? 2 : 1)
   copy_engine_fence();
   __syncthreads();
 
-  // Needed last: under way while the tensor cores work, and no burden to what came before.
-  Column column{};
-  ConvColumn conv{};
-  float residual = 0.0f;
-  if (has_output) {
-    const int64_t n = row_of(threadIdx.x);
-    column = column_of(args.e, n);
-    if constexpr (kStep == BlockStep::kIn) conv = conv_column(args.conv, token_of(threadIdx.x), n);
-    if constexpr (kStep == BlockStep::kOut) residual = args.residual[token_of(threadIdx.x) * args.e.columns + n];
-  }
+  // In a step it is near: under way while the tensor cores work, and no burden to what came before.
+  if constexpr (kNorm) load_column();
 
   // The last warps, which are the first to run out of tiles, tell every block of the cluster.
   const int plain_token = kFusedWarps - 1 - warp;

@@ -62,7 +62,7 @@ FusedPlan fused_plan(int64_t N, int64_t chunks, int parts_log2) {
   // and do not share the first that have room. A step's output projection leaves that room to the next input
   // projection.
   const size_t alone = size_t(device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor)) / 2 + 1024;
-  if (kStep != BlockStep::kOut && p.shared_bytes < alone) p.shared_bytes = alone;
+  if (kStep == BlockStep::kIn && p.shared_bytes < alone) p.shared_bytes = alone;
   constexpr size_t kStatic = 12288;  // room for the kernel's own shared variables
   p.fits = p.part * kChunkWords * F::kPerWord <= kMostFusedPart &&
            p.shared_bytes + kStatic <= size_t(device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin));
@@ -91,10 +91,11 @@ inline FusedArgs fused_args(const TokenSource& s, const Weights& w, const Epilog
   return args;
 }
 
-inline Grid fused_grid(const FusedPlan& p) {
-  Grid grid{dim3(static_cast<unsigned>(p.clusters << p.parts_log2)), kFusedThreads, p.shared_bytes, true};
+inline Grid fused_grid(const FusedPlan& p, BlockStep step) {
+  const bool in_chain = step != BlockStep::kNone;
+  Grid grid{dim3(static_cast<unsigned>(p.clusters << p.parts_log2)), kFusedThreads, p.shared_bytes, in_chain};
   grid.cluster = 1 << p.parts_log2;
-  grid.beside_previous = true;
+  grid.beside_previous = in_chain;
   return grid;
 }
 
@@ -108,7 +109,7 @@ bool fused_vectors(const TokenSource& s, const Weights& w) {
 template <typename F, typename T, int kColumns>
 void run_fused(const TokenSource& s, const Weights& w, const Epilogue& e, const FusedPlan& p, cudaStream_t stream) {
   launch(fused_vectors<F, T>(s, w) ? fused_kernel<F, T, kColumns, true> : fused_kernel<F, T, kColumns, false>,
-         fused_grid(p), stream, fused_args(s, w, e, p));
+         fused_grid(p, BlockStep::kNone), stream, fused_args(s, w, e, p));
 }
 
 // Calls f with the number of columns, a constant.

@@ -153,7 +153,7 @@ bool run_fused_step(const Scales& all, const Weights& w, const StepOperands<kSte
       } else {
         args.residual = o.residual + m * N;
       }
-      launch(fused_kernel<SignF16, T, columns, true, kStep>, fused_grid(plan), stream, args);
+      launch(fused_kernel<SignF16, T, columns, true, kStep>, fused_grid(plan, kStep), stream, args);
     });
     if (!done) return false;
   }
