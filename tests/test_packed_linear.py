@@ -53,6 +53,8 @@ CASES = [
     Case((40,), 264, 1024, "row"),
     Case((70,), 136, 2056, bias=True),
     Case((600,), 200, 96),
+    Case((24,), 200, 8192, bias=True),
+    Case((40,), 9000, 288),  # more tiles than any card has processors
     Case((20,), 24, 16500),  # more columns than scales are tabulated for
     Case((0,), 5, 33),
     Case((3,), 0, 33),
