@@ -1,81 +1,62 @@
 // Packing and unpacking: the natural layout, least significant bit first along K.
+#include <type_traits>
+
 #include "launch.cuh"
-#include "types.cuh"
+#include "vectors.cuh"
 
 namespace bitkernels::cuda {
 namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
-// A warp turns this many groups of 32 weights into words at a time: so many loads are in flight.
-constexpr int kGroups = 8;
+// Pieces of eight weights that a lane asks for at once.
+constexpr int kBatch = 4;
 
-__device__ bool is_plus(float v) { return v >= 0.0f; }
-
-template <typename T>
-__global__ void pack_sign_kernel(const T* w, uint32_t* w_packed, int64_t N, int64_t K) {
-  const int64_t words = ceil_div(K, kSignsPerWord);
-  const int64_t batches = ceil_div(words, kGroups);
+// A warp takes a row, a lane eight neighbouring weights at a time: a byte of signs, or two of ternary codes.
+template <typename T, int kBits>
+__global__ void __launch_bounds__(kThreads)
+    pack_kernel(const T* w, const float* scale, uint32_t* w_packed, int64_t N, int64_t K, bool vector) {
+  using Codes = std::conditional_t<kBits == 1, uint8_t, uint16_t>;
+  constexpr int64_t kPiece = 32 * kEight;
   const int lane = threadIdx.x % 32;
-  const int64_t first = int64_t(blockIdx.x) * kWarps + threadIdx.x / 32;
-  for (int64_t item = first; item < N * batches; item += int64_t(gridDim.x) * kWarps) {
-    const int64_t n = item / batches;
-    const int64_t word = (item % batches) * kGroups;
-    bool plus[kGroups];
-#pragma unroll
-    for (int i = 0; i < kGroups; ++i) {
-      const int64_t k = (word + i) * kSignsPerWord + lane;
-      plus[i] = k < K && is_plus(to_float(w[n * K + k]));
-    }
-    uint32_t mine = 0;
-#pragma unroll
-    for (int i = 0; i < kGroups; ++i) {
-      const uint32_t bits = __ballot_sync(0xffffffff, plus[i]);
-      if (lane == i) mine = bits;
-    }
-    if (lane < kGroups && word + lane < words) w_packed[n * words + word + lane] = mine;
-  }
-}
-
-// The low 16 bits of v, moved to the even bits.
-__device__ uint32_t spread(uint32_t v) {
-  v &= 0xffff;
-  v = (v | v << 8) & 0x00ff00ff;
-  v = (v | v << 4) & 0x0f0f0f0f;
-  v = (v | v << 2) & 0x33333333;
-  return (v | v << 1) & 0x55555555;
-}
-
-// Halves round to even, so +-0.5 is zero.
-template <typename T>
-__global__ void pack_ternary_kernel(const T* w, const float* scale, uint32_t* w_packed, int64_t N, int64_t K) {
+  const int64_t n = int64_t(blockIdx.x) * kWarps + threadIdx.x / 32;
+  if (n >= N) return;
+  const int64_t words = ceil_div(K, 32 / kBits);
+  Codes* out = reinterpret_cast<Codes*>(w_packed + n * words);
   const float factor = scale ? __frcp_rn(*scale) : 1.0f;
-  const int64_t words = ceil_div(K, kTernaryPerWord);
-  constexpr int kWords = 2 * kGroups;
-  const int64_t batches = ceil_div(words, kWords);
-  const int lane = threadIdx.x % 32;
-  const int64_t first = int64_t(blockIdx.x) * kWarps + threadIdx.x / 32;
-  for (int64_t item = first; item < N * batches; item += int64_t(gridDim.x) * kWarps) {
-    const int64_t n = item / batches;
-    const int64_t word = (item % batches) * kWords;
-    float v[kGroups];
+  for (int64_t first = lane * kEight; first < words * (32 / kBits); first += kBatch * kPiece) {
+    Eight<T> in[kBatch];
 #pragma unroll
-    for (int i = 0; i < kGroups; ++i) {
-      const int64_t k = word * kTernaryPerWord + i * 32 + lane;
-      v[i] = k < K ? to_float(w[n * K + k]) * factor : 0.0f;
-    }
-    uint32_t two = 0, one = 0;
+    for (int i = 0; i < kBatch; ++i) in[i] = load_eight(w + n * K, first + i * kPiece, K, vector);
 #pragma unroll
-    for (int i = 0; i < kGroups; ++i) {
-      const uint32_t plus = __ballot_sync(0xffffffff, v[i] > 0.5f);
-      const uint32_t minus = __ballot_sync(0xffffffff, v[i] < -0.5f);
-      if (lane / 2 == i) {
-        two = lane % 2 ? plus >> 16 : plus;
-        one = ~(lane % 2 ? (plus | minus) >> 16 : plus | minus);
+    for (int i = 0; i < kBatch; ++i) {
+      const int64_t k = first + i * kPiece;
+      uint32_t codes = 0;
+#pragma unroll
+      for (int e = 0; e < kEight; ++e) {
+        const float v = to_float(in[i].e[e]);
+        if constexpr (kBits == 1) {
+          codes |= uint32_t(v >= 0.0f && k + e < K) << e;
+        } else {
+          // Halves round to even, so +-0.5 is zero.
+          const float scaled = __fmul_rn(v, factor);
+          codes |= (1u + (scaled > 0.5f) - (scaled < -0.5f)) << 2 * e;
+        }
       }
+      if (k < words * (32 / kBits)) out[k / kEight] = static_cast<Codes>(codes);
     }
-    if (lane < kWords && word + lane < words) w_packed[n * words + word + lane] = spread(two) << 1 | spread(one);
   }
+}
+
+template <int kBits>
+void pack(const void* w, const float* scale, DType dtype, uint32_t* w_packed, int64_t N, int64_t K,
+          cudaStream_t stream) {
+  dispatch(dtype, [&](auto t) {
+    using T = decltype(t);
+    const T* weights = static_cast<const T*>(w);
+    launch(pack_kernel<T, kBits>, Grid{dim3(static_cast<unsigned>(ceil_div(N, kWarps))), kThreads}, stream, weights,
+           scale, w_packed, N, K, in_vectors(weights, K));
+  });
 }
 
 // Codes {0, 1} mean {-1, +1}, and {0, 1, 2} mean {-1, 0, +1}.
@@ -105,20 +86,12 @@ void unpack(const uint32_t* w_packed, void* w, DType dtype, int64_t N, int64_t K
 }  // namespace
 
 void pack_sign(const void* w, DType dtype, uint32_t* w_packed, int64_t N, int64_t K, Executor stream) {
-  const int64_t items = N * ceil_div(ceil_div(K, kSignsPerWord), kGroups);
-  dispatch(dtype, [&](auto t) {
-    launch(pack_sign_kernel<decltype(t)>, Grid{blocks_for(items, kWarps), kThreads}, stream,
-           static_cast<const decltype(t)*>(w), w_packed, N, K);
-  });
+  pack<1>(w, nullptr, dtype, w_packed, N, K, stream);
 }
 
 void pack_ternary(const void* w, const void* scale, DType dtype, uint32_t* w_packed, int64_t N, int64_t K,
                   Executor stream) {
-  const int64_t items = N * ceil_div(ceil_div(K, kTernaryPerWord), 2 * kGroups);
-  dispatch(dtype, [&](auto t) {
-    launch(pack_ternary_kernel<decltype(t)>, Grid{blocks_for(items, kWarps), kThreads}, stream,
-           static_cast<const decltype(t)*>(w), static_cast<const float*>(scale), w_packed, N, K);
-  });
+  pack<2>(w, static_cast<const float*>(scale), dtype, w_packed, N, K, stream);
 }
 
 void unpack_sign(const uint32_t* w_packed, void* w, DType dtype, int64_t N, int64_t K, Executor stream) {

@@ -2,97 +2,78 @@
 //
 // A warp takes 256 columns of a row, a lane eight neighbouring ones: one byte of signs.
 #include <algorithm>
+#include <type_traits>
 
 #include "add_rows.cuh"
 #include "reduce.cuh"
-#include "tokens.cuh"
+#include "vectors.cuh"
 
 namespace bitkernels::cuda {
 namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
-constexpr int kLaneColumns = 8;
-constexpr int kWarpColumns = 32 * kLaneColumns;
-
-template <typename T>
-__device__ void load8(const T* row, int64_t k, int64_t K, bool vector, float (&v)[kLaneColumns]) {
-  struct alignas(16) Eight {
-    T e[kLaneColumns];
-  };
-  if (vector && k + kLaneColumns <= K) {
-    const Eight eight = *reinterpret_cast<const Eight*>(row + k);
-#pragma unroll
-    for (int e = 0; e < kLaneColumns; ++e) v[e] = to_float(eight.e[e]);
-  } else {
-#pragma unroll
-    for (int e = 0; e < kLaneColumns; ++e) v[e] = k + e < K ? to_float(row[k + e]) : 0.0f;
-  }
-}
-
-template <typename T>
-__device__ void store8(T* row, int64_t k, int64_t K, bool vector, const float (&v)[kLaneColumns]) {
-  struct alignas(16) Eight {
-    T e[kLaneColumns];
-  };
-  if (vector && k + kLaneColumns <= K) {
-    Eight eight;
-#pragma unroll
-    for (int e = 0; e < kLaneColumns; ++e) eight.e[e] = from_float<T>(v[e]);
-    *reinterpret_cast<Eight*>(row + k) = eight;
-  } else {
-#pragma unroll
-    for (int e = 0; e < kLaneColumns; ++e) {
-      if (k + e < K) row[k + e] = from_float<T>(v[e]);
-    }
-  }
-}
+constexpr int kWarpColumns = 32 * kEight;
+// Rows, or pieces of one, that a warp asks for at once: memory is far, and what is stored might be what is loaded next.
+template <bool kVector>
+constexpr int kBatch = kVector ? 4 : 1;
+constexpr int kBlocksOfProcessor = 3;
 
 // The signs of eight columns, of which the first is a multiple of eight.
 __device__ uint32_t signs_of(const uint32_t* w_packed, int64_t n, int64_t words, int64_t k, int64_t K) {
-  return k < K ? reinterpret_cast<const uint8_t*>(w_packed + n * words)[k / kLaneColumns] : 0;
+  return k < K ? reinterpret_cast<const uint8_t*>(w_packed + n * words)[k / kEight] : 0;
 }
 
 __device__ float signed_value(uint32_t signs, int e, float v) { return signs >> e & 1 ? v : -v; }
 
 // Scales of columns. Blocks of one column of the grid take the rows in turn; each leaves a row of partial sums.
-template <typename In, typename Out>
-__global__ void __launch_bounds__(kThreads, 4)
+template <typename In, typename Out, bool kVector>
+__global__ void __launch_bounds__(kThreads, kBlocksOfProcessor)
     column_gradients_kernel(const In* product, const uint32_t* w_packed, const float* alpha, Out* dweight,
-                            float* signed_rows, float* plain_rows, int64_t N, int64_t K, int64_t rows_of_block,
-                            bool vector) {
+                            float* signed_rows, float* plain_rows, int64_t N, int64_t K, int64_t rows_of_block) {
   __shared__ float scratch[2][kWarps][kWarpColumns];
   const int lane = threadIdx.x % 32;
   const int warp = threadIdx.x / 32;
   const int64_t words = ceil_div(K, kSignsPerWord);
   const int64_t first_column = int64_t(blockIdx.x) * kWarpColumns;
-  const int64_t k = first_column + lane * kLaneColumns;
+  const int64_t k = first_column + lane * kEight;
   const int64_t end = min(N, (blockIdx.y + 1) * rows_of_block);
-  float scale[kLaneColumns];
-  load8(alpha, k, K, false, scale);
-  float signed_sum[kLaneColumns] = {};
-  float plain_sum[kLaneColumns] = {};
-#pragma unroll 4
-  for (int64_t n = blockIdx.y * rows_of_block + warp; n < end; n += kWarps) {
-    float v[kLaneColumns];
-    load8(product + n * K, k, K, vector, v);
-    const uint32_t signs = signs_of(w_packed, n, words, k, K);
+  float scale[kEight];
 #pragma unroll
-    for (int e = 0; e < kLaneColumns; ++e) {
-      signed_sum[e] += signed_value(signs, e, v[e]);
-      plain_sum[e] += v[e];
-      v[e] *= scale[e];
+  for (int e = 0; e < kEight; ++e) scale[e] = k + e < K ? alpha[k + e] : 0.0f;
+  float signed_sum[kEight] = {};
+  float plain_sum[kEight] = {};
+  for (int64_t first = blockIdx.y * rows_of_block + warp; first < end; first += kWarps * kBatch<kVector>) {
+    Eight<In> in[kBatch<kVector>];
+    uint32_t signs[kBatch<kVector>];
+#pragma unroll
+    for (int i = 0; i < kBatch<kVector>; ++i) {
+      const int64_t n = first + i * kWarps;
+      in[i] = load_eight(product + n * K, k, n < end ? K : 0, kVector);
+      signs[i] = signs_of(w_packed, n, words, k, n < end ? K : 0);
     }
-    if (dweight) store8(dweight + n * K, k, K, vector, v);
+#pragma unroll
+    for (int i = 0; i < kBatch<kVector>; ++i) {
+      const int64_t n = first + i * kWarps;
+      float v[kEight];
+#pragma unroll
+      for (int e = 0; e < kEight; ++e) {
+        v[e] = to_float(in[i].e[e]);
+        signed_sum[e] += signed_value(signs[i], e, v[e]);
+        plain_sum[e] += v[e];
+        v[e] *= scale[e];
+      }
+      if (dweight) store_eight(dweight + n * K, k, n < end ? K : 0, kVector, v);
+    }
   }
   if (!signed_rows) return;
 #pragma unroll
-  for (int e = 0; e < kLaneColumns; ++e) {
+  for (int e = 0; e < kEight; ++e) {
     scratch[0][warp][e * 32 + lane] = signed_sum[e];
     scratch[1][warp][e * 32 + lane] = plain_sum[e];
   }
   __syncthreads();
-  const int64_t column = first_column + threadIdx.x % 32 * kLaneColumns + threadIdx.x / 32;
+  const int64_t column = first_column + threadIdx.x % 32 * kEight + threadIdx.x / 32;
   if (column >= K) return;
   float signed_total = 0.0f;
   float plain_total = 0.0f;
@@ -105,10 +86,10 @@ __global__ void __launch_bounds__(kThreads, 4)
 }
 
 // Scales of rows, or a single one: a warp a row.
-template <typename In, typename Out>
+template <typename In, typename Out, bool kVector>
 __global__ void __launch_bounds__(kThreads)
     row_gradients_kernel(const In* product, const uint32_t* w_packed, const float* alpha, int64_t stride, Out* dweight,
-                         float* dalpha, float* dbeta, int64_t N, int64_t K, bool vector) {
+                         float* dalpha, float* dbeta, int64_t N, int64_t K) {
   const int lane = threadIdx.x % 32;
   const int64_t words = ceil_div(K, kSignsPerWord);
   const int64_t n = int64_t(blockIdx.x) * kWarps + threadIdx.x / 32;
@@ -116,18 +97,28 @@ __global__ void __launch_bounds__(kThreads)
   const float scale = alpha[n * stride];
   float signed_sum = 0.0f;
   float plain_sum = 0.0f;
-#pragma unroll 4
-  for (int64_t k = lane * kLaneColumns; k < K; k += kWarpColumns) {
-    float v[kLaneColumns];
-    load8(product + n * K, k, K, vector, v);
-    const uint32_t signs = signs_of(w_packed, n, words, k, K);
+  for (int64_t first = lane * kEight; first < K; first += kWarpColumns * kBatch<kVector>) {
+    Eight<In> in[kBatch<kVector>];
+    uint32_t signs[kBatch<kVector>];
 #pragma unroll
-    for (int e = 0; e < kLaneColumns; ++e) {
-      signed_sum += signed_value(signs, e, v[e]);
-      plain_sum += v[e];
-      v[e] *= scale;
+    for (int i = 0; i < kBatch<kVector>; ++i) {
+      const int64_t k = first + i * kWarpColumns;
+      in[i] = load_eight(product + n * K, k, K, kVector);
+      signs[i] = signs_of(w_packed, n, words, k, K);
     }
-    if (dweight) store8(dweight + n * K, k, K, vector, v);
+#pragma unroll
+    for (int i = 0; i < kBatch<kVector>; ++i) {
+      const int64_t k = first + i * kWarpColumns;
+      float v[kEight];
+#pragma unroll
+      for (int e = 0; e < kEight; ++e) {
+        v[e] = to_float(in[i].e[e]);
+        signed_sum += signed_value(signs[i], e, v[e]);
+        plain_sum += v[e];
+        v[e] *= scale;
+      }
+      if (dweight) store_eight(dweight + n * K, k, K, kVector, v);
+    }
   }
   if (!dalpha) return;
   signed_sum = warp_reduce(signed_sum, Sum());
@@ -140,7 +131,6 @@ __global__ void __launch_bounds__(kThreads)
 
 // As many blocks as run at once, and no more rows of partial sums than there are rows for every warp.
 int64_t row_blocks(int64_t N, int64_t K) {
-  constexpr int kBlocksOfProcessor = 4;
   const int64_t at_once = kBlocksOfProcessor * device_attribute(cudaDevAttrMultiProcessorCount);
   return std::clamp<int64_t>(at_once / ceil_div(K, kWarpColumns), 1, ceil_div(N, kWarps));
 }
@@ -155,26 +145,34 @@ void sign_linear_weight_backward(const SignLinearWeightBackward& p, Executor str
   const float* alpha = static_cast<const float*>(p.alpha);
   float* dalpha = static_cast<float*>(p.dalpha);
   float* dbeta = static_cast<float*>(p.dbeta);
-  const bool vector = p.K % kLaneColumns == 0 && aligned(p.product, 16) && aligned(p.dweight, 16);
-  const auto run = [&](auto in, auto out) {
-    const auto* product = static_cast<const decltype(in)*>(p.product);
-    auto* dweight = static_cast<decltype(out)*>(p.dweight);
+  const auto run = [&](const auto* product, auto* dweight, auto vector) {
+    using In = std::remove_cvref_t<decltype(*product)>;
+    using Out = std::remove_cvref_t<decltype(*dweight)>;
     if (p.axis != ScaleAxis::kColumn) {
       const int64_t stride = p.axis == ScaleAxis::kRow ? 1 : 0;
-      launch(row_gradients_kernel<decltype(in), decltype(out)>,
-             Grid{dim3(static_cast<unsigned>(ceil_div(p.N, kWarps))), kThreads}, stream, product, p.w_packed, alpha,
-             stride, dweight, dalpha, dbeta, p.N, p.K, vector);
+      launch(row_gradients_kernel<In, Out, vector>, Grid{dim3(static_cast<unsigned>(ceil_div(p.N, kWarps))), kThreads},
+             stream, product, p.w_packed, alpha, stride, dweight, dalpha, dbeta, p.N, p.K);
       return;
     }
     const int64_t rows = row_blocks(p.N, p.K);
     float* signed_rows = dalpha ? static_cast<float*>(p.workspace) : nullptr;
     float* plain_rows = dalpha ? signed_rows + rows * p.K : nullptr;
     const dim3 blocks(static_cast<unsigned>(ceil_div(p.K, kWarpColumns)), static_cast<unsigned>(rows));
-    launch(column_gradients_kernel<decltype(in), decltype(out)>, Grid{blocks, kThreads}, stream, product, p.w_packed,
-           alpha, dweight, signed_rows, plain_rows, p.N, p.K, ceil_div(p.N, rows), vector);
+    launch(column_gradients_kernel<In, Out, vector>, Grid{blocks, kThreads}, stream, product, p.w_packed, alpha,
+           dweight, signed_rows, plain_rows, p.N, p.K, ceil_div(p.N, rows));
     if (dalpha) add_rows(signed_rows, plain_rows, rows, p.K, dalpha, dbeta, stream);
   };
-  dispatch_float(p.dtype, [&](auto in) { dispatch_float(p.weight_dtype, [&](auto out) { run(in, out); }); });
+  dispatch_float(p.dtype, [&](auto in) {
+    dispatch_float(p.weight_dtype, [&](auto out) {
+      const auto* product = static_cast<const decltype(in)*>(p.product);
+      auto* dweight = static_cast<decltype(out)*>(p.dweight);
+      if (in_vectors(product, p.K) && in_vectors(dweight, p.K)) {
+        run(product, dweight, std::true_type());
+      } else {
+        run(product, dweight, std::false_type());
+      }
+    });
+  });
 }
 
 }  // namespace bitkernels::cuda

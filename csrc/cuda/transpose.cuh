@@ -43,22 +43,30 @@ __global__ void __launch_bounds__(32 * kTransposeWarps)
   const int64_t out_words = transposed_words<kBits>(N);
   const int64_t n = int64_t(blockIdx.x) * kTransposeRows + warp * 32 + lane;
   const int64_t first_word = int64_t(blockIdx.y) * kTransposeWords;
+  uint32_t mine[kTransposeWords];
+#pragma unroll
   for (int w = 0; w < kTransposeWords; ++w) {
-    const bool inside = n < N && first_word + w < words;
-    const uint32_t word = inside ? packed[n * words + first_word + w] : kZeroWeights;
+    mine[w] = n < N && first_word + w < words ? packed[n * words + first_word + w] : kZeroWeights;
+  }
+#pragma unroll
+  for (int w = 0; w < kTransposeWords; ++w) {
+    // Lane i keeps what is found for code i.
+    uint32_t low = 0;
+    uint32_t high = 0;
+#pragma unroll
     for (int i = 0; i < kPerWord; ++i) {
-      if constexpr (kBits == 1) {
-        const uint32_t column = __ballot_sync(0xffffffff, word >> i & 1);
-        if (lane == 0) found[w * kPerWord + i][warp] = column;
-      } else {
-        const uint32_t low = __ballot_sync(0xffffffff, word >> 2 * i & 1);
-        const uint32_t high = __ballot_sync(0xffffffff, word >> (2 * i + 1) & 1);
-        if (lane < 2) {
-          const int shift = 16 * lane;
-          found[w * kPerWord + i][2 * warp + lane] =
-              spread_bits(low >> shift & 0xffff) | spread_bits(high >> shift & 0xffff) << 1;
-        }
+      const uint32_t low_bits = __ballot_sync(0xffffffff, mine[w] >> kBits * i & 1);
+      if (lane == i) low = low_bits;
+      if constexpr (kBits == 2) {
+        const uint32_t high_bits = __ballot_sync(0xffffffff, mine[w] >> (kBits * i + 1) & 1);
+        if (lane == i) high = high_bits;
       }
+    }
+    if constexpr (kBits == 1) {
+      found[w * kPerWord + lane][warp] = low;
+    } else if (lane < kPerWord) {
+      found[w * kPerWord + lane][2 * warp] = spread_bits(low & 0xffff) | spread_bits(high & 0xffff) << 1;
+      found[w * kPerWord + lane][2 * warp + 1] = spread_bits(low >> 16) | spread_bits(high >> 16) << 1;
     }
   }
   __syncthreads();

@@ -215,8 +215,7 @@ __device__ void consume(const CUtensorMap& output, const WarpgroupProblem& p, Sh
       const int64_t m = token + 8 * i + 2 * t + c % 2;
       if constexpr (std::is_same_v<Accumulator, int>) {
         const Token of_token = p.tokens[min(m, p.M - 1)];
-        const float y = __fmul_rn(__int2float_rn(sums[4 * i + c] - __float_as_int(of_token.sum)),
-                                  __fdiv_rn(scalars[c / 2].scale, of_token.scale));
+        const float y = __fmul_rn(__int2float_rn(sums[4 * i + c] - __float_as_int(of_token.sum)), of_token.scale);
         return p.bias ? __fadd_rn(y, scalars[c / 2].bias) : y;
       } else {
         return finish_row(scalars[c / 2], sums[4 * i + c]);

@@ -4,6 +4,7 @@
 #include <type_traits>
 
 #include "format.cuh"
+#include "vectors.cuh"
 #include "warpgroup_plan.cuh"
 
 namespace bitkernels::cuda {
@@ -50,39 +51,46 @@ int64_t warpgroup_workspace(const void* x, int64_t M, int64_t K) {
 
 // Rows on 16-byte boundaries, from rows that are not.
 template <typename T>
-__global__ void __launch_bounds__(256) pad_rows_kernel(const T* x, T* padded, int64_t M, int64_t K, int64_t pitch) {
+__global__ void __launch_bounds__(128) pad_rows_kernel(const T* x, T* padded, int64_t M, int64_t K, int64_t pitch) {
   let_next_kernel_start();
-  const int64_t k = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  const int64_t k = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * kEight;
   if (k >= pitch) return;
-  for (int64_t m = blockIdx.y; m < M; m += gridDim.y) padded[m * pitch + k] = k < K ? x[m * K + k] : T(0.0f);
+  for (int64_t m = blockIdx.y; m < M; m += gridDim.y) {
+    *reinterpret_cast<Eight<T>*>(padded + m * pitch + k) = load_eight(x + m * K, k, K, false);
+  }
 }
 
-// Per-token int8, in the order of TernaryInt8Operand: a block a token, which it reads twice.
+// Per-token int8, in the order of TernaryInt8Operand: a block a token, which it reads twice. A token's scale becomes
+// that of its products with the weights.
 template <typename T>
-__global__ void __launch_bounds__(256)
-    quantize_rows_kernel(const T* x, int8_t* rows, Token* tokens, int64_t K, int64_t pitch) {
-  __shared__ float most_scratch[8];
-  __shared__ int sum_scratch[8];
+__global__ void __launch_bounds__(128) quantize_rows_kernel(const T* x, const float* weight_scale, int8_t* rows,
+                                                            Token* tokens, int64_t K, int64_t pitch, bool vector) {
+  __shared__ float most_scratch[4];
+  __shared__ int sum_scratch[4];
   let_next_kernel_start();
   const int64_t m = blockIdx.x;
   const T* row = x + m * K;
   float most = 0.0f;
-  for (int64_t k = threadIdx.x; k < K; k += blockDim.x) most = fmaxf(most, fabsf(to_float(row[k])));
+  for (int64_t k = threadIdx.x * kEight; k < K; k += blockDim.x * kEight) {
+    const Eight<T> in = load_eight(row, k, K, vector);
+#pragma unroll
+    for (int e = 0; e < kEight; ++e) most = fmaxf(most, fabsf(to_float(in.e[e])));
+  }
   const float scale = int8_scale(block_reduce(most, Max(), most_scratch));
   int sum = 0;
   for (int64_t i = threadIdx.x; i < pitch / 16; i += blockDim.x) {
+    const Eight<T> in[2] = {load_eight(row, 16 * i, K, vector), load_eight(row, 16 * i + kEight, K, vector)};
     uint32_t words[4] = {};
 #pragma unroll
     for (int e = 0; e < 16; ++e) {
-      const int64_t k = 16 * i + e;
-      const int8_t q = k < K ? to_int8(to_float(row[k]), scale) : int8_t(0);
+      const int8_t q = to_int8(to_float(in[e / kEight].e[e % kEight]), scale);
       sum += q;
       words[e % 4] |= static_cast<uint32_t>(static_cast<uint8_t>(q)) << 8 * (e / 4);
     }
     reinterpret_cast<uint4*>(rows + m * pitch)[i] = {words[0], words[1], words[2], words[3]};
   }
   sum = block_reduce(sum, Sum(), sum_scratch);
-  if (threadIdx.x == 0) tokens[m] = {scale, __int_as_float(sum), 0.0f};
+  if (threadIdx.x == 0) tokens[m] = {__fdiv_rn(*weight_scale, scale), __int_as_float(sum), 0.0f};
 }
 
 template <ScalesOf kScales>
@@ -150,34 +158,22 @@ void run_warpgroup_forward(const TokenSource& s, const Weights& w, const Epilogu
       .row_tiles = 0,
       .tiles = 0,
   };
-  const void* x = s.x;
-  const auto with_type = [&](auto t) {
+  with_operand<F>(s.dtype, by_column, [&](auto operand, auto scales, auto t) {
     using T = decltype(t);
+    const T* from = static_cast<const T*>(s.x);
     if constexpr (F::kInteger) {
-      x = workspace;
-      launch(quantize_rows_kernel<T>, Grid{dim3(static_cast<unsigned>(s.M)), 256}, stream, static_cast<const T*>(s.x),
-             static_cast<int8_t*>(workspace), tokens, s.K, rows.pitch);
-      run_plan<TernaryInt8Operand, ScalesOf::kNothing, T>(x, rows.pitch, p, true, stream);
-    } else {
-      if (rows.bytes) {
-        constexpr int kThreads = 256;
-        constexpr int64_t kMostRows = 4096;
-        x = workspace;
-        launch(pad_rows_kernel<T>,
-               Grid{dim3(blocks_for(rows.pitch, kThreads), blocks_for(s.M, 1, kMostRows)), kThreads}, stream,
-               static_cast<const T*>(s.x), static_cast<T*>(workspace), s.M, s.K, rows.pitch);
-      }
-      const bool overlaps = rows.bytes > 0;
-      if constexpr (F::kPerWord == TernaryOperand<T>::kPerWord) {
-        run_plan<TernaryOperand<T>, ScalesOf::kNothing, T>(x, rows.pitch, p, overlaps, stream);
-      } else if (by_column) {
-        run_plan<SignOperand<T>, ScalesOf::kColumns, T>(x, rows.pitch, p, overlaps, stream);
-      } else {
-        run_plan<SignOperand<T>, ScalesOf::kRows, T>(x, rows.pitch, p, overlaps, stream);
-      }
+      launch(quantize_rows_kernel<T>, Grid{dim3(static_cast<unsigned>(s.M)), 128}, stream, from, e.scale,
+             static_cast<int8_t*>(workspace), tokens, s.K, rows.pitch, in_vectors(from, s.K));
+    } else if (rows.bytes) {
+      constexpr int kThreads = 128;
+      constexpr int64_t kMostRows = 4096;
+      launch(pad_rows_kernel<T>,
+             Grid{dim3(blocks_for(rows.pitch, kThreads * kEight), blocks_for(s.M, 1, kMostRows)), kThreads}, stream,
+             from, static_cast<T*>(workspace), s.M, s.K, rows.pitch);
     }
-  };
-  s.dtype == DType::kBFloat16 ? with_type(bf16()) : with_type(fp16());
+    const void* x = rows.bytes ? workspace : s.x;
+    run_plan<typename decltype(operand)::type, scales, T>(x, rows.pitch, p, rows.bytes > 0, stream);
+  });
 }
 
 }  // namespace bitkernels::cuda
