@@ -69,6 +69,13 @@ def check_compile(function, args) -> None:
     torch.testing.assert_close(compiled, eager)
 
 
+def check_compiled_gradients(loss, args, leaves, backend="aot_eager") -> None:
+    """Compiled without graph breaks, the loss has the eager gradients."""
+    eager = torch.autograd.grad(loss(*args), leaves)
+    compiled = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend=backend)(*args), leaves)
+    torch.testing.assert_close(compiled, eager)
+
+
 def check_cuda_graph(function, args) -> None:
     """Captured and replayed, the function returns the eager function's bits."""
     eager = function(*args)

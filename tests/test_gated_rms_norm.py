@@ -2,7 +2,16 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from helpers import TOLERANCE, assert_close, check_compile, check_cuda_graph, noncontiguous, opcheck, wide
+from helpers import (
+    TOLERANCE,
+    assert_close,
+    check_compile,
+    check_compiled_gradients,
+    check_cuda_graph,
+    noncontiguous,
+    opcheck,
+    wide,
+)
 
 import bitkernels
 from bitkernels import reference
@@ -123,9 +132,7 @@ def test_compile_and_cuda_graph(device):
     def loss(*args):
         return bitkernels.gated_rms_norm(*args).square().sum()
 
-    eager = torch.autograd.grad(loss(*args), args)
-    compiled = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(*args), args)
-    torch.testing.assert_close(compiled, eager)
+    check_compiled_gradients(loss, args, args)
     if device == "cuda":
         check_cuda_graph(bitkernels.gated_rms_norm, plain)
 

@@ -2,7 +2,16 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from helpers import TOLERANCE, assert_close, check_compile, check_cuda_graph, noncontiguous, opcheck, wide
+from helpers import (
+    TOLERANCE,
+    assert_close,
+    check_compile,
+    check_compiled_gradients,
+    check_cuda_graph,
+    noncontiguous,
+    opcheck,
+    wide,
+)
 
 import bitkernels
 from bitkernels import reference
@@ -183,9 +192,7 @@ def test_compile_and_cuda_graph(device):
     def loss(*tensors):
         return run(case, tensors)[0].square().sum()
 
-    eager = torch.autograd.grad(loss(*tensors), leaves)
-    compiled = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(*tensors), leaves)
-    torch.testing.assert_close(compiled, eager)
+    check_compiled_gradients(loss, tensors, leaves)
     plain = [None if t is None else t.detach() for t in tensors]
     check_compile(lambda *tensors: run(case, tensors), plain)
     if device == "cuda":

@@ -10,6 +10,7 @@ from helpers import (
     assert_close,
     cancellation,
     check_compile,
+    check_compiled_gradients,
     check_cuda_graph,
     noncontiguous,
     opcheck,
@@ -206,9 +207,7 @@ def test_compiled_training(device):
     def loss(*args):
         return bitkernels.packed_linear(*args).square().sum()
 
-    eager = torch.autograd.grad(loss(*args), tensors)
-    compiled = torch.autograd.grad(torch.compile(loss, fullgraph=True)(*args), tensors)
-    torch.testing.assert_close(compiled, eager)
+    check_compiled_gradients(loss, args, tensors, "inductor")
 
 
 @pytest.mark.gpu

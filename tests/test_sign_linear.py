@@ -1,6 +1,15 @@
 import pytest
 import torch
-from helpers import TOLERANCE, assert_close, cancellation, check_compile, noncontiguous, opcheck, wide
+from helpers import (
+    TOLERANCE,
+    assert_close,
+    cancellation,
+    check_compile,
+    check_compiled_gradients,
+    noncontiguous,
+    opcheck,
+    wide,
+)
 from test_packed_linear import Case
 
 import bitkernels
@@ -158,9 +167,7 @@ def test_compiled_training(device):
     def loss(*args):
         return bitkernels.sign_linear(*args).square().sum()
 
-    eager = torch.autograd.grad(loss(*args), args)
-    compiled = torch.autograd.grad(torch.compile(loss, fullgraph=True)(*args), args)
-    torch.testing.assert_close(compiled, eager)
+    check_compiled_gradients(loss, args, args, "inductor")
 
 
 def test_bad_input():
