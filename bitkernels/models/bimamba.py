@@ -18,7 +18,7 @@ from bitkernels import (
     causal_conv1d_step,
     mamba2_in_step,
     mamba2_mixer,
-    mamba2_out_step,
+    mamba2_step,
     ssd_step,
 )
 from bitkernels.models.config import BiMambaConfig
@@ -225,12 +225,18 @@ class Layer(nn.Module):
         ssm_state: Tensor,  # [B, H, P, N], updated in place
         slots: Slots | None = None,
     ) -> Tensor:
-        """One token: the residual after this layer, in three launches where both projections are packed.
-
-        ``slots`` says whose the states are.
-        """
+        """One token: the residual after this layer. ``slots`` says whose the states are."""
         mixer, config = self.mixer, self.mixer.config
         indices, seed, position = slots or (None, None, None)
+        into, out = mixer.in_proj, mixer.out_proj
+        if isinstance(into, PackedLinear) and isinstance(out, PackedLinear):
+            mamba2_step(
+                residual, self.norm.weight, into.w_packed, into.alpha, into.beta, into.bias, conv_state,
+                mixer.conv_weight, mixer.conv_bias, ssm_state, mixer.kept_A(), mixer.D, mixer.dt_bias,
+                mixer.norm_weight, out.w_packed, out.alpha, out.beta, out.bias, dtype, self.norm.eps, config.norm_eps,
+                indices, seed, position,
+            )  # fmt: skip
+            return residual
         projected = self._step_in(residual, dtype, conv_state, indices)
         z, xbc, dt = mixer._split(projected)
         x, B, C = mixer._split_conv(xbc)
@@ -238,14 +244,8 @@ class Layer(nn.Module):
             ssm_state, x, dt, mixer.kept_A(), B, C, D=mixer.D, z=z.unflatten(-1, x.shape[1:]), dt_bias=mixer.dt_bias,
             dt_softplus=True, state_indices=indices, seed=seed, position=position,
         ).flatten(-2)  # fmt: skip
-        proj = mixer.out_proj
-        if isinstance(proj, PackedLinear):
-            mamba2_out_step(
-                residual, y, mixer.norm_weight, proj.w_packed, proj.alpha, proj.beta, proj.bias, config.norm_eps
-            )
-            return residual
         y = F.rms_norm(y, y.shape[-1:], mixer.norm_weight.to(y.dtype), config.norm_eps)
-        return residual + proj(y).float()
+        return residual + out(y).float()
 
     def _step_in(self, residual: Tensor, dtype: torch.dtype, conv_state: Tensor, indices: Tensor | None) -> Tensor:
         """The input projection with x, B and C convolved, [B, d_in_proj]."""

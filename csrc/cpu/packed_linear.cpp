@@ -84,11 +84,13 @@ template LookupMatmul<double> packed_product(const PackedLinear&);
 int64_t packed_linear_workspace(const PackedLinear&) { return 0; }
 
 void packed_linear(const PackedLinear& a, Executor run) {
-  a.dtype == DType::kFloat64 ? lookup_matmul(packed_product<double>(a), run) : lookup_matmul(packed_product<float>(a), run);
+  a.dtype == DType::kFloat64 ? lookup_matmul(packed_product<double>(a), run)
+                             : lookup_matmul(packed_product<float>(a), run);
 }
 
 std::string explain(const PackedLinear& a) {
-  return a.dtype == DType::kFloat64 ? explain_lookup(packed_product<double>(a)) : explain_lookup(packed_product<float>(a));
+  return a.dtype == DType::kFloat64 ? explain_lookup(packed_product<double>(a))
+                                    : explain_lookup(packed_product<float>(a));
 }
 
 int64_t packed_linear_backward_workspace(const PackedLinearBackward& a) {
