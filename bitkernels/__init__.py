@@ -18,6 +18,7 @@ _PUBLIC = {
     "build_info": "_ops",
     "causal_conv1d": "causal_conv1d",
     "causal_conv1d_step": "causal_conv1d",
+    "dense_linear": "dense_linear",
     "distill_loss": "distill_loss",
     "explain": "explain",
     "gated_rms_norm": "gated_rms_norm",

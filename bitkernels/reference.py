@@ -90,6 +90,12 @@ def packed_linear(x: Tensor, w_packed: Tensor, alpha: Tensor, beta: Tensor, bias
     return F.linear(x, _dense(sign, alpha, beta), bias)
 
 
+def dense_linear(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
+    """x @ weight^T, its columns times scale."""
+    y = F.linear(x, weight)
+    return y if scale is None else y * scale
+
+
 def sign_linear(x: Tensor, weight: Tensor, alpha: Tensor, beta: Tensor, bias: Tensor | None = None) -> Tensor:
     """FBI-Linear with the identity straight-through estimator of sign (no clipping)."""
     sign = torch.where(weight >= 0, 1.0, -1.0).to(weight.dtype)

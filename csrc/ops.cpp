@@ -26,6 +26,7 @@ STABLE_TORCH_LIBRARY(bitkernels, m) {
       "sign_linear_weight_backward(Tensor product, Tensor w_packed, Tensor alpha, ScalarType weight_dtype, "
       "bool need_weight=True, bool need_scales=True) -> (Tensor dweight, Tensor dalpha, Tensor dbeta)");
 
+  m.def("dense_linear(Tensor x, Tensor weight, Tensor? scale=None) -> Tensor");
   m.def("quantize_int8(Tensor x) -> (Tensor q, Tensor scale)");
   m.def("fake_quantize_int8(Tensor x) -> Tensor");
   m.def(

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from bitkernels import (
     causal_conv1d_step,
+    dense_linear,
     mamba2_in_step,
     mamba2_mixer,
     mamba2_step,
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 _DT_MIN, _DT_MAX, _DT_FLOOR = 1e-3, 0.1, 1e-4
 _A_RANGE = (1.0, 16.0)
 _EMBEDDING_STD = 0.02
+# Up to which dense_linear is faster than torch's product with the head on a CPU.
+_FEW_TOKENS = 8
 # Sets the keys of a request's layers apart; any odd number far from those that users choose.
 _LAYER_SEED = 0x9E3779B97F4A7
 
@@ -371,6 +374,12 @@ class BiMambaForCausalLM(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         return F.linear(hidden, self.embedding.weight) if self.head is None else self.head(hidden)
 
+    def next_logits(self, hidden: Tensor) -> Tensor:
+        """``logits`` of a few tokens [B, d_model], without a gradient."""
+        head = self.embedding if self.head is None else self.head
+        few = hidden.shape[0] <= _FEW_TOKENS and isinstance(head, nn.Embedding | nn.Linear)
+        return dense_linear(hidden, head.weight) if few else self.logits(hidden)
+
     def forward(self, ids: Tensor, seq_idx: Tensor | None = None) -> Tensor:
         """[B, T] ids -> [B, T, vocab_size] logits.
 
@@ -388,7 +397,7 @@ class BiMambaForCausalLM(nn.Module):
         self._check_cache(ids, cache)
         hidden = self.hidden_states(ids, cache=cache)
         cache.tokens += ids.shape[1]
-        return self.logits(hidden[:, -1])
+        return self.next_logits(hidden[:, -1])
 
     @torch.no_grad()
     def prefill_packed(self, ids: Tensor, packed: Packed, cache: BiMambaCache) -> Tensor:
@@ -397,7 +406,7 @@ class BiMambaForCausalLM(nn.Module):
         dtype, residual = hidden.dtype, hidden.float()
         for layer, conv, ssm in zip(self.layers, cache.conv, cache.ssm, strict=True):
             residual = residual + layer.mixer(layer.norm(residual, dtype), None, conv, ssm, packed).float()
-        return self.logits(self.norm(residual[0, packed.cu_seqlens[1:] - 1], dtype))
+        return self.next_logits(self.norm(residual[0, packed.cu_seqlens[1:] - 1], dtype))
 
     @torch.no_grad()
     def step(self, ids: Tensor, cache: BiMambaCache, slots: Slots | None = None) -> Tensor:
@@ -414,7 +423,7 @@ class BiMambaForCausalLM(nn.Module):
             states = cache.conv[i], cache.ssm[i], slots and slots.of_layer(i)
             residual = layer.step(residual, dtype, *states)
         cache.tokens += 1
-        return self.logits(self.norm(residual, dtype))
+        return self.next_logits(self.norm(residual, dtype))
 
     def stream(
         self,

@@ -1,10 +1,6 @@
 // Stochastic rounding of float32 to 16 bits, with random bits that depend on nothing but their key and counter.
 #pragma once
 
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
-
 #include "mixer_vector.h"
 
 namespace bitkernels::cpu {
@@ -122,7 +118,7 @@ inline VecU16 narrow_randomly(BFloat16, Vec<float> value, VecU random) {
   const VecU bits = as_bits<VecU>(value);
   const VecU up = (bits & 0x7f800000u) == 0x7f800000u ? bits : bits + random;
   const VecU quiet = value == value ? VecU{} : VecU{} + 0x40u;
-  return __builtin_convertvector(up >> 16 | quiet, VecU16);
+  return narrow_bits(up >> 16 | quiet);
 }
 
 inline VecU16 narrow_randomly(Float16, Vec<float> value, VecU random) {
@@ -136,7 +132,7 @@ inline VecU16 narrow_randomly(Float16, Vec<float> value, VecU random) {
   const VecU finite = magnitude < 0x38800000u ? subnormal : (normal > 0x7c00u ? VecU{} + 0x7c00u : normal);
   const VecU special = magnitude > 0x7f800000u ? VecU{} + 0x7e00u : VecU{} + 0x7c00u;
   const VecU result = magnitude >= 0x47800000u ? special : finite;
-  return __builtin_convertvector(result | (bits & 0x80000000u) >> 16, VecU16);
+  return narrow_bits(result | (bits & 0x80000000u) >> 16);
 }
 
 template <typename E>
