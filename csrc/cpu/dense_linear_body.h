@@ -8,6 +8,7 @@ namespace {
 
 // Rows of the matrix and tokens whose sums are in registers at once.
 constexpr int kDenseRows = 4, kDenseTokens = 4;
+constexpr int64_t kLine = 64;
 
 // Adds kLanes<T> columns from k, or the last ones. Unrolled by pragma, or gcc keeps the sums in memory.
 template <bool kWhole, int kRows, int kTokens, typename W, typename T>
@@ -34,8 +35,14 @@ void dense_block(const W* weight, const T* x, int64_t K, T (&sums)[kDenseRows][k
 #pragma GCC unroll 4
     for (int t = 0; t < kTokens; ++t) sum[r][t] = Vec<T>{};
   }
+  // Meanwhile memory is asked for the next rows, front to back: several rows at once are nothing the hardware foresees.
+  const char* next = reinterpret_cast<const char*>(weight + kRows * K);
+  constexpr int64_t kBytes = kRows * kLanes<T> * sizeof(W);
   int64_t k = 0;
-  for (; k + kLanes<T> <= K; k += kLanes<T>) dense_add<true>(weight, x, K, k, sum);
+  for (; k + kLanes<T> <= K; k += kLanes<T>, next += kBytes) {
+    for (int64_t i = 0; i < kBytes; i += kLine) __builtin_prefetch(next + i, 0, 2);
+    dense_add<true>(weight, x, K, k, sum);
+  }
   if (k < K) dense_add<false>(weight, x, K, k, sum);
 #pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r) {
