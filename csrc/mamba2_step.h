@@ -104,8 +104,8 @@ struct InStep {
 
   void run(Tensor& y, const Launch& launch) {
     args.linear.y = y.mutable_data_ptr();
-    const Tensor workspace = workspace_like(y, BITKERNELS_BACKEND::mamba2_in_step_workspace(args));
-    args.linear.workspace = workspace.mutable_data_ptr();
+    const std::optional<Tensor> workspace = workspace_like(y, BITKERNELS_BACKEND::mamba2_in_step_workspace(args));
+    args.linear.workspace = mutable_data_or_null(workspace);
     BITKERNELS_BACKEND::mamba2_in_step(args, launch);
   }
 };
@@ -127,8 +127,9 @@ struct OutStep {
   }
 
   void run(const Launch& launch) {
-    const Tensor workspace = workspace_like(residual, BITKERNELS_BACKEND::mamba2_out_step_workspace(args));
-    args.linear.workspace = workspace.mutable_data_ptr();
+    const std::optional<Tensor> workspace =
+        workspace_like(residual, BITKERNELS_BACKEND::mamba2_out_step_workspace(args));
+    args.linear.workspace = mutable_data_or_null(workspace);
     BITKERNELS_BACKEND::mamba2_out_step(args, launch);
   }
 };

@@ -178,7 +178,8 @@ class Mixer(nn.Module):
 
     def kept_A(self) -> Tensor:
         """``A`` without a gradient, made again only when ``A_log`` has changed: a step has no time for it."""
-        key = self.A_log.data_ptr(), self.A_log._version
+        A_log = self._parameters["A_log"]
+        key = A_log.data_ptr(), A_log._version
         if self._kept_A[0] != key:
             self._kept_A = key, self.A.detach()
         return self._kept_A[1]
@@ -233,11 +234,11 @@ class Layer(nn.Module):
         indices, seed, position = slots or (None, None, None)
         into, out = mixer.in_proj, mixer.out_proj
         if isinstance(into, PackedLinear) and isinstance(out, PackedLinear):
+            of = mixer._parameters  # as attributes they would take longer than the call, on a CPU
             mamba2_step(
-                residual, self.norm.weight, into.w_packed, into.alpha, into.beta, into.bias, conv_state,
-                mixer.conv_weight, mixer.conv_bias, ssm_state, mixer.kept_A(), mixer.D, mixer.dt_bias,
-                mixer.norm_weight, out.w_packed, out.alpha, out.beta, out.bias, dtype, self.norm.eps, config.norm_eps,
-                indices, seed, position,
+                residual, self.norm.weight, *into.packed(), conv_state, of["conv_weight"], of["conv_bias"], ssm_state,
+                mixer.kept_A(), of["D"], of["dt_bias"], of["norm_weight"], *out.packed(), dtype, self.norm.eps,
+                config.norm_eps, indices, seed, position,
             )  # fmt: skip
             return residual
         projected = self._step_in(residual, dtype, conv_state, indices)
@@ -419,9 +420,8 @@ class BiMambaForCausalLM(nn.Module):
             self._check_cache(ids, cache)
         hidden = self.embedding(ids)
         dtype, residual = hidden.dtype, hidden.float()
-        for i, layer in enumerate(self.layers):
-            states = cache.conv[i], cache.ssm[i], slots and slots.of_layer(i)
-            residual = layer.step(residual, dtype, *states)
+        for i, (layer, conv, ssm) in enumerate(zip(self.layers, cache.conv, cache.ssm, strict=True)):
+            residual = layer.step(residual, dtype, conv, ssm, slots and slots.of_layer(i))
         cache.tokens += 1
         return self.next_logits(self.norm(residual, dtype))
 
