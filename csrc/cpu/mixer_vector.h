@@ -174,15 +174,18 @@ inline AccOf<E> load_one(const E* from) {
   return load(from, 1)[0];
 }
 
+// Halves onto halves, in registers: an array of lanes would pass through memory at every step.
 template <typename V>
 inline auto sum_lanes(V value) {
-  constexpr int lanes = sizeof(V) / sizeof(value[0]);
-  std::remove_cvref_t<decltype(value[0])> parts[lanes];
-  __builtin_memcpy(parts, &value, sizeof(value));
-  for (int width = lanes / 2; width > 0; width /= 2) {
-    for (int i = 0; i < width; ++i) parts[i] += parts[i + width];
+  using T = std::remove_cvref_t<decltype(value[0])>;
+  if constexpr (sizeof(V) == sizeof(T)) {
+    return value[0];
+  } else {
+    typedef T Half __attribute__((vector_size(sizeof(V) / 2)));
+    Half halves[2];
+    __builtin_memcpy(halves, &value, sizeof(value));
+    return sum_lanes(halves[0] + halves[1]);
   }
-  return parts[0];
 }
 
 // Zero below the smallest normal number, so that no later product is slowed by subnormal ones.

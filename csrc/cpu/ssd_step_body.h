@@ -22,23 +22,39 @@ void step_tile(S* h, int64_t stride, int64_t rows, int64_t first_row, int64_t n0
     b[v] = load(B + n0 + v * kN, N - n0 - v * kN);
     c[v] = load(C + n0 + v * kN, N - n0 - v * kN);
   }
-  VecU bits[kDrawnRows][kRandom ? kStepVectors : 1];
+  uint16_t bits[kRandom ? kDrawnRows : 1][RandomBits::kElements];
   for (int64_t i = 0; i < rows; ++i) {
     S* row = h + i * stride + n0;
     if constexpr (kRandom) {
       if (i % kDrawnRows == 0) random.fill(bits, first_row + i, n0);
     }
-    Vec<T> sum{};
-    for (int v = 0; v < kStepVectors; ++v) {
-      const int64_t left = kWhole ? kN : N - n0 - v * kN;
-      if (left <= 0) break;
-      const Vec<T> next = load(row + v * kN, left) * decay + b[v] * scaled[i];
+    const uint16_t* drawn = bits[kRandom ? i % kDrawnRows : 0];
+    const auto step = [&](int v, int64_t left) { return load(row + v * kN, left) * decay + b[v] * scaled[i]; };
+    const auto put = [&](int v, Vec<T> value, int64_t left) {
       if constexpr (kRandom) {
-        store_randomly(row + v * kN, next, bits[i % kDrawnRows][v], left);
+        store_randomly(row + v * kN, value, drawn + v * kN, left);
       } else {
-        store(row + v * kN, next, left);
+        store(row + v * kN, value, left);
       }
-      sum += next * c[v];
+    };
+    Vec<T> sum{};
+    for (int v = 0; v < kStepVectors; v += 2) {
+      const int64_t left = kWhole ? 2 * kN : N - n0 - v * kN;
+      if (left <= 0) break;
+      const Vec<T> first = step(v, left);
+      sum += first * c[v];
+      if (left <= kN) {
+        put(v, first, left);
+        break;
+      }
+      const Vec<T> second = step(v + 1, left - kN);
+      sum += second * c[v + 1];
+      if constexpr (kRandom && kWhole) {
+        store_randomly(row + v * kN, first, second, drawn + v * kN);
+      } else {
+        put(v, first, left);
+        put(v + 1, second, left - kN);
+      }
     }
     sums[i] += sum_lanes(sum);
   }
