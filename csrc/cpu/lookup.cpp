@@ -57,7 +57,9 @@ class Worker {
   }
 
   void multiply(int64_t block, int64_t n0) {
-    const int64_t tokens = tokens_of(block);
+    const int64_t tokens = tokens_of(block), m0 = block * block_;
+    const int64_t columns = std::min<int64_t>(kPanelRows, a_.N - n0);
+    for (int64_t t = 0; t < tokens; ++t) rows_.expect(a_, m0 + t, n0, columns);
     std::fill_n(sums_.data, tokens * kernels_.sum_bytes, std::byte{0});
     for_each_chunk(a_.w, a_.N, words_, n0, [&](const uint32_t* const* rows, int64_t word, int count) {
       kernels_.load(rows, word, count, chunk_.data);
@@ -67,7 +69,6 @@ class Worker {
     for (int64_t t = 0; t < tokens; ++t) {
       kernels_.finish(sums_.data + t * kernels_.sum_bytes, factors_[t], dots_.data + t * kPanelRows);
     }
-    const int64_t columns = std::min<int64_t>(kPanelRows, a_.N - n0), m0 = block * block_;
     for (int64_t t = 0; t < tokens; ++t) {
       rows_.store(a_, m0 + t, n0, columns, dots_.data + t * kPanelRows, shifts_[t]);
     }

@@ -66,6 +66,26 @@ inline void store_state(S* to, V value, int64_t count) {
   for (int64_t i = 0; i < count; ++i) store(to + i, splat(static_cast<AccOf<S>>(value[i])), 1);
 }
 
+// Every other element of two vectors, from the first or the second on.
+template <typename T>
+inline Vec<T> every_other(Vec<T> a, Vec<T> b, int from) {
+  Vec<std::conditional_t<sizeof(T) == 8, int64_t, int32_t>> index;
+  for (int i = 0; i < kLanes<T>; ++i) index[i] = 2 * i + from;
+  return __builtin_shuffle(a, b, index);
+}
+
+// taps[w] of kLanes channels, from [channels, 4]: what nearly all models have.
+template <typename T>
+inline void load_four_taps(const T* weight, Vec<T> (&taps)[4]) {
+  Vec<T> v[4];
+  for (int i = 0; i < 4; ++i) v[i] = load(weight + i * kLanes<T>);
+  for (int odd = 0; odd < 2; ++odd) {
+    const Vec<T> low = every_other<T>(v[0], v[1], odd), high = every_other<T>(v[2], v[3], odd);
+    taps[odd] = every_other<T>(low, high, 0);
+    taps[odd + 2] = every_other<T>(low, high, 1);
+  }
+}
+
 // Channels [begin, end) of request m: y[c] becomes their convolution, and the state moves on.
 template <typename S, typename E, typename T = AccOf<E>>
 void conv_step(const ConvStep& p, int64_t m, int64_t begin, int64_t end, E* y) {
@@ -74,10 +94,12 @@ void conv_step(const ConvStep& p, int64_t m, int64_t begin, int64_t end, E* y) {
   const T* bias = static_cast<const T*>(p.bias);
   for (int64_t c = begin; c < end; c += kLanes<T>) {
     const int64_t count = end - c < kLanes<T> ? end - c : kLanes<T>;
+    const T* weight = static_cast<const T*>(p.weight) + c * p.W;
+    const bool four = p.W == 4 && count == kLanes<T>;
+    Vec<T> taps[4];
+    if (four) load_four_taps(weight, taps);
     Vec<T> sum = bias ? load(bias + c, count) : Vec<T>{};
     for (int64_t w = 0; w < p.W; ++w) {
-      T weight[kLanes<T>] = {};
-      for (int64_t i = 0; i < count; ++i) weight[i] = static_cast<const T*>(p.weight)[(c + i) * p.W + w];
       Vec<T> input{};
       if (w + 1 == p.W) {
         input = load(y + c, count);
@@ -85,24 +107,55 @@ void conv_step(const ConvStep& p, int64_t m, int64_t begin, int64_t end, E* y) {
         input = load_state<T>(state + w * p.state_row + c, count);
       }
       if (state && w > 0) store_state(state + (w - 1) * p.state_row + c, input, count);
-      sum += input * load(weight);
+      if (!four) {
+        for (int64_t i = 0; i < kLanes<T>; ++i) taps[0][i] = i < count ? weight[i * p.W + w] : T(0);
+      }
+      sum += input * taps[four ? w : 0];
     }
     store(y + c, silu(sum), count);
   }
 }
 
+// The channels among columns [n0, n0 + columns).
+struct Channels {
+  int64_t begin, end;
+  Channels(const ConvStep& p, int64_t n0, int64_t columns)
+      : begin(n0 > p.first ? n0 - p.first : 0),
+        end(n0 + columns - p.first < p.channels ? n0 + columns - p.first : p.channels) {}
+};
+
 template <typename E, typename T = AccOf<E>>
 void conv_columns(const ConvStep& p, int64_t m, int64_t n0, int64_t columns, E* row) {
-  const int64_t begin = n0 > p.first ? n0 - p.first : 0;
-  const int64_t end = n0 + columns - p.first < p.channels ? n0 + columns - p.first : p.channels;
+  const Channels c(p, n0, columns);
+  E* y = row + p.first;
   if constexpr (std::is_same_v<T, double>) {
-    if (p.state_dtype == DType::kFloat64) return conv_step<double>(p, m, begin, end, row + p.first);
+    if (p.state_dtype == DType::kFloat64) return conv_step<double>(p, m, c.begin, c.end, y);
   }
   switch (p.state_dtype) {
-    case DType::kBFloat16: return conv_step<BFloat16>(p, m, begin, end, row + p.first);
-    case DType::kFloat16: return conv_step<Float16>(p, m, begin, end, row + p.first);
-    default: return conv_step<float>(p, m, begin, end, row + p.first);
+    case DType::kBFloat16: return conv_step<BFloat16>(p, m, c.begin, c.end, y);
+    case DType::kFloat16: return conv_step<Float16>(p, m, c.begin, c.end, y);
+    default: return conv_step<float>(p, m, c.begin, c.end, y);
   }
+}
+
+inline void prefetch(const void* from, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; i += 64) __builtin_prefetch(static_cast<const char*>(from) + i, 0, 2);
+}
+
+template <typename T>
+void expect_row(const LookupMatmul<T>& a, int64_t m, int64_t n0, int64_t columns) {
+  if (!a.conv) return;
+  const ConvStep& p = *a.conv;
+  const Channels c(p, n0, columns);
+  const int64_t slot = p.state_indices ? p.state_indices[m] : m;
+  const int64_t bytes = p.state_dtype == DType::kFloat64 ? 8 : p.state_dtype == DType::kFloat32 ? 4 : 2;
+  for (int64_t w = 0; slot >= 0 && w + 1 < p.W; ++w) {
+    const int64_t row = slot * p.state_batch + w * p.state_row;
+    prefetch(p.state, (row + c.begin) * bytes, (row + c.end) * bytes);
+  }
+  constexpr int64_t kBytes = sizeof(T);
+  prefetch(p.weight, c.begin * p.W * kBytes, c.end * p.W * kBytes);
+  if (p.bias) prefetch(p.bias, c.begin * kBytes, c.end * kBytes);
 }
 
 template <typename Y, typename T>
@@ -127,7 +180,7 @@ void store_row(const LookupMatmul<T>& a, int64_t m, int64_t n0, int64_t columns,
 }
 
 template <typename T>
-constexpr RowKernels<T> kRowKernels{scale_row<T>, store_row<T>};
+constexpr RowKernels<T> kRowKernels{scale_row<T>, expect_row<T>, store_row<T>};
 
 }  // namespace
 }  // namespace bitkernels::cpu
