@@ -23,7 +23,7 @@ from bitkernels import (
     ssd_step,
 )
 from bitkernels.models.config import BiMambaConfig
-from bitkernels.nn import BitEmbedding, BitLinear, FBILinear, PackedLinear
+from bitkernels.nn import BitEmbedding, BitLinear, FBILinear, Int8Embedding, PackedLinear
 from bitkernels.nn.convert import empty_packed_
 
 if TYPE_CHECKING:
@@ -348,6 +348,16 @@ class BiMambaForCausalLM(nn.Module):
             self.embedding.out_dtype = dtype
         return self
 
+    def round_embedding_(self) -> "BiMambaForCausalLM":
+        """Rounds a tied embedding to int8, in place: half the bytes that a decode step reads as its head.
+
+        For inference: it has no stored form, round after loading.
+        """
+        if self.head is not None or not isinstance(self.embedding, nn.Embedding):
+            raise ValueError("round_embedding_: the embedding must be full-precision and tied to the head")
+        self.embedding = Int8Embedding.from_embedding(self.embedding)
+        return self
+
     def _dense(self) -> dict[str, nn.Module]:
         return {name: m for name, m in self.named_modules() if isinstance(m, nn.Embedding | nn.Linear)}
 
@@ -373,7 +383,11 @@ class BiMambaForCausalLM(nn.Module):
         return self.norm(residual, dtype)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        return F.linear(hidden, self.embedding.weight) if self.head is None else self.head(hidden)
+        if self.head is not None:
+            return self.head(hidden)
+        if isinstance(self.embedding, Int8Embedding):
+            return self.embedding.logits(hidden)
+        return F.linear(hidden, self.embedding.weight)
 
     def next_logits(self, hidden: Tensor) -> Tensor:
         """``logits`` of a few tokens [B, d_model], without a gradient."""
