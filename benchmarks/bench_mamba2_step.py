@@ -1,4 +1,4 @@
-"""The steps of the Mamba-2 block before and after the state, against the operators they are made of."""
+"""A step of the Mamba-2 block, and its parts before and after the state, against the operators they are made of."""
 
 import torch
 import torch.nn.functional as F
@@ -74,3 +74,35 @@ def test_mamba2_out_step(model, B, device, compare):
     ours = Contender("bitkernels", on_copies(bitkernels.mamba2_out_step, *args), size)
     peer = Contender("one by one", on_copies(parts, *args), size)
     compare(f"{model} out, B={B}", ours, [peer], 2 * B * N * K, shape=[B, N, K], dtype=str(dtype))
+
+
+def test_mamba2_step(model, B, device, compare):
+    K, inner, C = sizes(model)
+    H = HEADS[model]
+    N = inner + C + H
+    dtype = torch.bfloat16
+    into, out = projection(N, K, device), projection(K, inner, device)
+    conv, weight, bias = (torch.randn(s, device=device) for s in ((B, TAPS - 1, C), (C, TAPS), (C,)))
+    state, heads = torch.randn(B, H, inner // H, STATE, device=device), [torch.rand(H, device=device) for _ in range(3)]
+    residual = torch.randn(B, K, device=device)
+    args = (residual, *into, None, conv, weight, bias, state, -heads[0], *heads[1:], *out, None)
+
+    def parts(residual, a, b, c, d, _, conv, weight, bias, state, A, D, dt_bias, e, f, g, h, *rest):
+        y = bitkernels.mamba2_in_step(residual, a, b, c, d, conv, weight, bias, inner, dtype)
+        z, x, BC, dt = y.split([inner, inner, 2 * STATE, H], -1)
+        z, x = (t.unflatten(-1, (H, -1)) for t in (z, x))
+        gated = bitkernels.ssd_step(state, x, dt, A, *BC.unsqueeze(1).chunk(2, -1), D, z, dt_bias, True)
+        bitkernels.mamba2_out_step(residual, gated.flatten(-2), e, f, g, h)
+        return residual
+
+    def copies():
+        return [a.clone() if isinstance(a, torch.Tensor) else a for a in args]
+
+    mine = copies()
+    bitkernels.mamba2_step(*mine, dtype)
+    verify(mine[0].cpu(), parts(*copies()).cpu().double())
+    # Bytes: the weights once, the residual, the state and the inputs of the convolution read and written.
+    size = nbytes(*into, *out, weight, bias) + 2 * nbytes(residual, conv, state)
+    ours = Contender("bitkernels", on_copies(bitkernels.mamba2_step, *args, dtype), size)
+    peer = Contender("three operators", on_copies(parts, *args), size)
+    compare(f"{model} layer, B={B}", ours, [peer], 2 * B * (N + inner) * K, shape=[B, N, K], dtype=str(dtype))

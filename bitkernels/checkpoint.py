@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from bitkernels.models import BiMambaConfig, BiMambaForCausalLM
-from bitkernels.nn import PackedBitEmbedding, PackedBitLinear, PackedLinear
+from bitkernels.nn import Int8Embedding, PackedBitEmbedding, PackedBitLinear, PackedLinear
 
 FORMAT = "bitkernels"
 FORMAT_VERSION = "1"
@@ -87,6 +87,8 @@ def save_checkpoint(
     ``dense_dtype`` is what embedding, head and full-precision projections are stored in; None keeps the model's.
     ``training`` says how the model was trained, in types of JSON.
     """
+    if isinstance(model.embedding, Int8Embedding):
+        raise ValueError("save_checkpoint: the embedding is rounded to int8, which has no stored form")
     metadata = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,

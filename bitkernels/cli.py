@@ -13,8 +13,10 @@ from rich.console import Console
 from rich.table import Table
 
 # Read when torch loads OpenMP. Threads that spin while they wait make a machine with other work to do many times
-# slower; threads that sleep do not.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# slower, threads that sleep at once are late for the next operator: gcc's spin for a quarter of a millisecond first.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ["OMP_WAIT_POLICY"] = "passive"
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 app = typer.Typer(
     help="1-bit and ternary Mamba-2 language models: train, pack, generate.",
@@ -47,6 +49,7 @@ Device = Annotated[str, typer.Option(help="auto, cpu or cuda; auto takes a GPU w
 Text = Annotated[Path | None, typer.Option(help="UTF-8 text, also .xz. Default: the King James Bible, shipped.")]
 Activations = Annotated[Dtype, typer.Option(help="Of embedding and activations.")]
 StateDtype = Annotated[Dtype, typer.Option(help="Of the state; 16-bit states are rounded stochastically.")]
+Int8 = Annotated[bool, typer.Option(help="Round a tied embedding, which is the head too, to 8 bits a weight.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 
 
@@ -254,6 +257,7 @@ def generate(
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same text.")] = None,
     dtype: Activations = Dtype.float32,
     state_dtype: StateDtype = Dtype.float32,
+    int8_embedding: Int8 = False,
     device: Device = "auto",
 ) -> None:
     """Generate text from a checkpoint, as it comes."""
@@ -267,6 +271,8 @@ def generate(
             max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed=seed
         )  # fmt: skip
         checkpoint = _load(file, device, dtype)
+        if int8_embedding:
+            checkpoint.model.round_embedding_()
         for piece in stream_text(checkpoint, prompt, sampling=sampling, state_dtype=getattr(torch, state_dtype.value)):
             sys.stdout.write(piece)
             sys.stdout.flush()
@@ -284,6 +290,7 @@ def bench(
     state_dtype: StateDtype = Dtype.float32,
     prefill_chunk: Annotated[int, typer.Option(min=1, help="Prompt tokens of a step.")] = 2048,
     batch_invariant: Annotated[bool, typer.Option(help="Steps of one shape.")] = False,
+    int8_embedding: Int8 = False,
     device: Device = "auto",
 ) -> None:
     """Measure generation: tokens a second, memory, joules a token."""
@@ -306,6 +313,8 @@ def bench(
             console.print(f"Will need {plan}.")
             check_memory(plan, where)
             model = random_model(CONFIGS[config], where, activations)
+        if int8_embedding:
+            model.round_embedding_()
         result = measure(
             model, batch, prompt, new_tokens, states, prefill_chunk=prefill_chunk, batch_invariant=batch_invariant
         )

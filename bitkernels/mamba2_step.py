@@ -1,4 +1,4 @@
-"""``mamba2_in_step`` and ``mamba2_out_step``: a decode step of the Mamba-2 block on either side of ``ssd_step``."""
+"""``mamba2_step``: a decode step of the Mamba-2 block; ``mamba2_in_step`` and ``mamba2_out_step``: its ends."""
 
 import torch
 from torch import Tensor
@@ -79,6 +79,61 @@ def mamba2_out_step(
     torch.ops.bitkernels.mamba2_out_step(residual, y, norm_weight, w_packed, alpha, beta, bias, eps)
 
 
+def mamba2_step(
+    residual: Tensor,
+    in_norm: Tensor,
+    in_packed: Tensor,
+    in_alpha: Tensor,
+    in_beta: Tensor,
+    in_bias: Tensor | None,
+    conv_state: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    ssm_state: Tensor,
+    A: Tensor,
+    D: Tensor | None,
+    dt_bias: Tensor | None,
+    out_norm: Tensor,
+    out_packed: Tensor,
+    out_alpha: Tensor,
+    out_beta: Tensor,
+    out_bias: Tensor | None,
+    dtype: torch.dtype,
+    in_eps: float = 1e-5,
+    out_eps: float = 1e-5,
+    state_indices: Tensor | None = None,
+    seed: Tensor | None = None,
+    position: Tensor | None = None,
+) -> None:
+    """One token through a layer: :func:`mamba2_in_step`, :func:`ssd_step` of its columns, :func:`mamba2_out_step`.
+
+    The projection's columns are z [H P], x [H P], B [G N], C [G N] and dt [H]; x, B and C pass the convolution, dt
+    takes softplus. In one call, since on a CPU calls take as long as kernels.
+
+    Args:
+        residual: [B, K], float32 (float64 where dtype is); updated in place.
+        in_norm, in_packed, in_alpha, in_beta, in_bias: norm_weight, w_packed, alpha, beta and bias of mamba2_in_step.
+        conv_state, conv_weight, conv_bias: of mamba2_in_step, for H P + 2 G N channels.
+        ssm_state, A, D, dt_bias, seed, position: state, A, D, dt_bias, seed and position of ssd_step.
+        out_norm, out_packed, out_alpha, out_beta, out_bias: norm_weight, w_packed, alpha, beta and bias of
+            mamba2_out_step.
+        dtype: of what passes between the parts: float32, bfloat16 or float16 (float64 on the CPU).
+        in_eps, out_eps: added to the mean squares.
+        state_indices: int32 or int64 [B], which states each request has; distinct. A request with a negative index
+            is padding.
+
+    Not differentiable.
+
+    Raises:
+        ValueError: an argument's dtype, shape or device does not fit; the message names it. No state has changed then.
+    """
+    torch.ops.bitkernels.mamba2_step(
+        residual, in_norm, in_packed, in_alpha, in_beta, in_bias, conv_state, conv_weight, conv_bias, ssm_state, A, D,
+        dt_bias, out_norm, out_packed, out_alpha, out_beta, out_bias, dtype, in_eps, out_eps, state_indices, seed,
+        position,
+    )  # fmt: skip
+
+
 @torch.library.register_fake("bitkernels::mamba2_in_step")
 def _(
     residual, norm_weight, w_packed, alpha, beta, conv_state, conv_weight, conv_bias, conv_start, dtype, bias=None,
@@ -91,3 +146,8 @@ def _(
 @torch.library.register_fake("bitkernels::mamba2_out_step")
 def _(residual, y, norm_weight, w_packed, alpha, beta, bias=None, eps=1e-5):
     torch._check(y.dim() == 2, lambda: f"mamba2_out_step: y must be [B, K], got {list(y.shape)}")
+
+
+@torch.library.register_fake("bitkernels::mamba2_step")
+def _(residual, *arguments):
+    torch._check(residual.dim() == 2, lambda: f"mamba2_step: residual must be [B, K], got {list(residual.shape)}")

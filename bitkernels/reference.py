@@ -90,6 +90,12 @@ def packed_linear(x: Tensor, w_packed: Tensor, alpha: Tensor, beta: Tensor, bias
     return F.linear(x, _dense(sign, alpha, beta), bias)
 
 
+def dense_linear(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
+    """x @ weight^T, its columns times scale."""
+    y = F.linear(x, weight)
+    return y if scale is None else y * scale
+
+
 def sign_linear(x: Tensor, weight: Tensor, alpha: Tensor, beta: Tensor, bias: Tensor | None = None) -> Tensor:
     """FBI-Linear with the identity straight-through estimator of sign (no clipping)."""
     sign = torch.where(weight >= 0, 1.0, -1.0).to(weight.dtype)
@@ -368,6 +374,42 @@ def mamba2_out_step(
 ) -> None:
     """Norm and projection, added to the residual."""
     residual += packed_linear(F.rms_norm(y, y.shape[-1:], norm_weight, eps), w_packed, alpha, beta, bias)
+
+
+def mamba2_step(
+    residual: Tensor,  # [B, K], updated in place
+    in_norm: Tensor,
+    in_packed: Tensor,
+    in_alpha: Tensor,
+    in_beta: Tensor,
+    in_bias: Tensor | None,
+    conv_state: Tensor,  # as of mamba2_in_step
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    ssm_state: Tensor,  # as of ssd_step
+    A: Tensor,
+    D: Tensor | None,
+    dt_bias: Tensor | None,
+    out_norm: Tensor,
+    out_packed: Tensor,
+    out_alpha: Tensor,
+    out_beta: Tensor,
+    out_bias: Tensor | None,
+    in_eps: float = 1e-5,
+    out_eps: float = 1e-5,
+    state_indices: Tensor | None = None,
+) -> None:
+    """One token through a layer, whose input projection has the columns z, x, B, C and dt."""
+    H, P, N = ssm_state.shape[1:]
+    both = (conv_weight.shape[0] - H * P) // 2
+    projected = mamba2_in_step(
+        residual, in_norm, in_packed, in_alpha, in_beta, conv_state, conv_weight, conv_bias, H * P, in_bias, in_eps,
+        state_indices,
+    )  # fmt: skip
+    z, x, B, C, dt = projected.split([H * P, H * P, both, both, H], -1)
+    z, x, B, C = (t.unflatten(-1, (-1, width)) for t, width in ((z, P), (x, P), (B, N), (C, N)))
+    y = ssd_step(ssm_state, x, dt, A, B, C, D, z, dt_bias, dt_softplus=True, state_indices=state_indices)
+    mamba2_out_step(residual, y.flatten(-2), out_norm, out_packed, out_alpha, out_beta, out_bias, out_eps)
 
 
 def gated_rms_norm(x: Tensor, z: Tensor, weight: Tensor, eps: float = 1e-5, group_size: int | None = None) -> Tensor:

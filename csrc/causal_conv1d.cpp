@@ -109,8 +109,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> causal_conv1d_backward(const Tensor& 
                                  .dbias = bias ? dbias.mutable_data_ptr() : nullptr,
                                  .dinitial = initial_state ? dinitial.mutable_data_ptr() : nullptr,
                                  .workspace = nullptr};
-  const Tensor workspace = workspace_like(x, cpu::causal_conv1d_backward_workspace(args));
-  args.workspace = workspace.mutable_data_ptr();
+  const std::optional<Tensor> workspace = workspace_like(x, cpu::causal_conv1d_backward_workspace(args));
+  args.workspace = mutable_data_or_null(workspace);
   cpu::causal_conv1d_backward(args, Launch(x));
   return {dx, dweight, dbias, dinitial};
 }

@@ -81,8 +81,8 @@ std::tuple<Tensor, Tensor, Tensor> gated_rms_norm_backward(const Tensor& dy, con
                                  .dz = dz.mutable_data_ptr(),
                                  .dweight = dweight.mutable_data_ptr(),
                                  .workspace = nullptr};
-  const Tensor workspace = workspace_like(x, cpu::gated_rms_norm_backward_workspace(args));
-  args.workspace = workspace.mutable_data_ptr();
+  const std::optional<Tensor> workspace = workspace_like(x, cpu::gated_rms_norm_backward_workspace(args));
+  args.workspace = mutable_data_or_null(workspace);
   cpu::gated_rms_norm_backward(args, Launch(x));
   return {dx, dz, dweight};
 }

@@ -132,6 +132,17 @@ struct SignLinearWeightBackward {
 int64_t sign_linear_weight_backward_workspace(const SignLinearWeightBackward&);
 void sign_linear_weight_backward(const SignLinearWeightBackward&, Executor);
 
+// y[M, N] = x[M, K] @ weight[N, K]^T * scale[N], for few tokens and a large weight. On the CPU alone.
+struct DenseLinear {
+  const void* x;       // [M, K] dtype
+  const void* weight;  // [N, K] weight_dtype, which is int8 or floating, and dtype where that is fp64
+  const void* scale;   // [N] or null
+  void* y;             // [M, N] dtype
+  DType dtype, weight_dtype;
+  int64_t M, N, K;
+};
+void dense_linear(const DenseLinear&, Executor);
+
 // Per-token int8: scale = 127 / max(absmax, 1e-5), q = clip(round_half_even(x * scale), -128, 127), in fp32.
 void quantize_int8(const void* x, DType dtype, int8_t* q, float* scale, int64_t M, int64_t K, Executor);
 // y = q / scale, rounded to dtype.

@@ -25,8 +25,6 @@ inline BITKERNELS_BACKEND::Strided strided_token(const Tensor& t) {
   return {t.const_data_ptr(), t.stride(0), 0, t.dim() > 1 ? t.stride(1) : 0};
 }
 
-inline void* mutable_data_or_null(const std::optional<Tensor>& t) { return t ? t->mutable_data_ptr() : nullptr; }
-
 inline Tensor empty_gradient(const Tensor& like) {
   return torch::stable::new_empty(like, {0}, scale_type(like.scalar_type()));
 }

@@ -44,6 +44,8 @@ inline std::optional<Tensor> as_dtype(const std::optional<Tensor>& t, ScalarType
 
 inline const void* data_or_null(const std::optional<Tensor>& t) { return t ? t->const_data_ptr() : nullptr; }
 
+inline void* mutable_data_or_null(const std::optional<Tensor>& t) { return t ? t->mutable_data_ptr() : nullptr; }
+
 inline const uint32_t* words(const Tensor& w_packed) { return static_cast<const uint32_t*>(w_packed.const_data_ptr()); }
 
 // Scales and biases are held in fp32, and in fp64 where the activations are fp64.
@@ -112,8 +114,9 @@ inline std::vector<int64_t> sizes_with_last(const Tensor& t, int64_t width) {
   return sizes;
 }
 
-// Scratch memory from torch's allocator, freed in stream order.
-inline Tensor workspace_like(const Tensor& t, int64_t bytes) {
+// Scratch memory from torch's allocator, freed in stream order. None is not asked for, which takes a microsecond.
+inline std::optional<Tensor> workspace_like(const Tensor& t, int64_t bytes) {
+  if (bytes == 0) return std::nullopt;
   return torch::stable::new_empty(t, {bytes}, ScalarType::Byte);
 }
 

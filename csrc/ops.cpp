@@ -26,6 +26,7 @@ STABLE_TORCH_LIBRARY(bitkernels, m) {
       "sign_linear_weight_backward(Tensor product, Tensor w_packed, Tensor alpha, ScalarType weight_dtype, "
       "bool need_weight=True, bool need_scales=True) -> (Tensor dweight, Tensor dalpha, Tensor dbeta)");
 
+  m.def("dense_linear(Tensor x, Tensor weight, Tensor? scale=None) -> Tensor");
   m.def("quantize_int8(Tensor x) -> (Tensor q, Tensor scale)");
   m.def("fake_quantize_int8(Tensor x) -> Tensor");
   m.def(
@@ -70,6 +71,13 @@ STABLE_TORCH_LIBRARY(bitkernels, m) {
   m.def(
       "mamba2_out_step(Tensor(a!) residual, Tensor y, Tensor norm_weight, Tensor w_packed, Tensor alpha, "
       "Tensor beta, Tensor? bias=None, float eps=1e-05) -> ()");
+  // All of it.
+  m.def(
+      "mamba2_step(Tensor(a!) residual, Tensor in_norm, Tensor in_packed, Tensor in_alpha, Tensor in_beta, "
+      "Tensor? in_bias, Tensor(b!) conv_state, Tensor conv_weight, Tensor? conv_bias, Tensor(c!) ssm_state, Tensor A, "
+      "Tensor? D, Tensor? dt_bias, Tensor out_norm, Tensor out_packed, Tensor out_alpha, Tensor out_beta, "
+      "Tensor? out_bias, ScalarType dtype, float in_eps=1e-05, float out_eps=1e-05, Tensor? state_indices=None, "
+      "Tensor? seed=None, Tensor? position=None) -> ()");
 
   m.def(
       "causal_conv1d(Tensor x, Tensor weight, Tensor? bias=None, Tensor? initial_state=None, "

@@ -58,8 +58,8 @@ Tensor packed_linear(const Tensor& x, const Tensor& w_packed, const Tensor& alph
       .N = p.N,
       .K = p.K,
   };
-  const Tensor workspace = workspace_like(x, BITKERNELS_BACKEND::packed_linear_workspace(args));
-  args.workspace = workspace.mutable_data_ptr();
+  const std::optional<Tensor> workspace = workspace_like(x, BITKERNELS_BACKEND::packed_linear_workspace(args));
+  args.workspace = mutable_data_or_null(workspace);
   const Launch launch(x);
   BITKERNELS_BACKEND::packed_linear(args, launch);
   return y;
@@ -101,8 +101,9 @@ std::tuple<Tensor, Tensor, Tensor> packed_linear_backward(const Tensor& grad, co
         .N = p.N,
         .K = p.K,
     };
-    const Tensor workspace = workspace_like(x, BITKERNELS_BACKEND::packed_linear_backward_workspace(args));
-    args.workspace = workspace.mutable_data_ptr();
+    const std::optional<Tensor> workspace =
+        workspace_like(x, BITKERNELS_BACKEND::packed_linear_backward_workspace(args));
+    args.workspace = mutable_data_or_null(workspace);
     const Launch launch(x);
     BITKERNELS_BACKEND::packed_linear_backward(args, launch);
   }

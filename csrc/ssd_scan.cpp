@@ -112,10 +112,10 @@ std::tuple<Tensor, Tensor> ssd_scan(const Tensor& x, const Tensor& dt, const Ten
   Tensor y = torch::stable::new_empty(x, x.sizes());
   Tensor final_states = torch::stable::new_empty(x, scan.state_sizes(), scan.acc());
   if (scan.args.S == 0) return {y, final_states};
-  const Tensor workspace = workspace_like(x, cpu::ssd_scan_workspace(scan.args));
+  const std::optional<Tensor> workspace = workspace_like(x, cpu::ssd_scan_workspace(scan.args));
   scan.args.y = y.mutable_data_ptr();
   scan.args.final_states = final_states.mutable_data_ptr();
-  scan.args.workspace = workspace.mutable_data_ptr();
+  scan.args.workspace = mutable_data_or_null(workspace);
   cpu::ssd_scan(scan.args, Launch(x));
   return {y, final_states};
 }
@@ -162,8 +162,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
                               .ddt_bias = dt_bias ? ddt_bias.mutable_data_ptr() : nullptr,
                               .dD = D ? dD.mutable_data_ptr() : nullptr,
                               .dinitial_states = initial_states ? dinitial_states.mutable_data_ptr() : nullptr};
-    const Tensor workspace = workspace_like(x, cpu::ssd_scan_backward_workspace(args));
-    args.forward.workspace = workspace.mutable_data_ptr();
+    const std::optional<Tensor> workspace = workspace_like(x, cpu::ssd_scan_backward_workspace(args));
+    args.forward.workspace = mutable_data_or_null(workspace);
     cpu::ssd_scan_backward(args, Launch(x));
   }
   if (dt.scalar_type() != acc) ddt = torch::stable::to(ddt, dt.scalar_type());

@@ -76,6 +76,7 @@ def test_bench_reports(files):
             "J a token (estimate of the paper",
         ):
             assert word in output
+    assert "tokens/s" in succeed("bench", files["packed"], "--int8-embedding", "--prompt", 4, "--new-tokens", 2)
     assert "--config must be one of" in fail("bench", "--config", "huge")
 
 

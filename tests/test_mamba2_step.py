@@ -89,6 +89,57 @@ def out_inputs(case, device, dtype):
     }
 
 
+@dataclass
+class Layer:
+    """A whole layer: H heads of P channels, G groups of N."""
+
+    batch: int
+    K: int
+    H: int
+    P: int
+    G: int
+    N: int
+    scales: str = "column"
+    bias: bool = False
+
+    def __str__(self):
+        return f"B{self.batch}-K{self.K}-H{self.H}-P{self.P}-G{self.G}-N{self.N}-{self.scales}{'-bias' * self.bias}"
+
+
+LAYERS = [
+    Layer(1, 64, 4, 64, 1, 128),
+    Layer(1, 33, 3, 5, 1, 7, bias=True),
+    Layer(2, 96, 4, 24, 2, 20, scales="row"),
+    Layer(9, 64, 2, 32, 1, 16, scales="single", bias=True),
+    Layer(0, 64, 2, 32, 1, 16),
+]
+
+
+def layer_inputs(layer, device, dtype, state_dtype=None, slots=None):
+    """What mamba2_step takes, by name."""
+    acc = torch.float64 if dtype == torch.float64 else torch.float32
+    inner, both = layer.H * layer.P, 2 * layer.G * layer.N
+    width, channels = 2 * inner + both + layer.H, inner + both
+    into = Case(layer.batch, width, layer.K, inner, channels, scales=layer.scales, bias=layer.bias)
+    given = in_inputs(into, device, dtype, state_dtype, slots)
+    given["alpha"] *= layer.K**-0.5  # four columns are multiplied, and fp16 ends at 65504
+    names = ("norm", "packed", "alpha", "beta", "bias")
+    out = projection(Case(layer.batch, layer.K, inner, 0, 0, scales=layer.scales, bias=layer.bias), device, acc)
+    state = torch.randn(slots or layer.batch, layer.H, layer.P, layer.N, device=device)
+    return {
+        "residual": given["residual"],
+        **{f"in_{k}": given[v] for k, v in zip(names, ("norm_weight", "w_packed", *names[2:]), strict=True)},
+        **{k: given[k] for k in ("conv_state", "conv_weight", "conv_bias")},
+        "ssm_state": state.to(state_dtype or acc),
+        "A": -torch.rand(layer.H, device=device, dtype=acc) - 0.1,
+        "D": torch.randn(layer.H, device=device, dtype=acc),
+        "dt_bias": torch.randn(layer.H, device=device, dtype=acc),
+        **{f"out_{k}": v for k, v in zip(names, out, strict=True)},
+        "in_eps": 1e-3,
+        "out_eps": 1e-4,
+    }
+
+
 def wide_arguments(given):
     return dict(zip(given, wide(*given.values()), strict=True))
 
@@ -120,6 +171,56 @@ def test_out_step(case, dtype, device):
     assert_close("added", given["residual"].cpu().double() - before, ref["residual"] - before, TOLERANCE[dtype])
 
 
+@pytest.mark.memcheck
+@pytest.mark.parametrize("state_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layer", LAYERS, ids=str)
+def test_step(layer, state_dtype, device):
+    """In fp32; in 16 bits it is its parts to the bit, each of which has a tolerance of its own."""
+    given = layer_inputs(layer, device, torch.float32, state_dtype)
+    ref = wide_arguments(given)
+    before = ref["residual"].clone()
+    for _ in range(2):  # the second takes what the first left
+        bitkernels.mamba2_step(**given, dtype=torch.float32)
+        reference.mamba2_step(**ref)
+    tolerance = TOLERANCE[state_dtype]
+    assert_close("added", given["residual"].cpu().double() - before, ref["residual"] - before, tolerance)
+    assert_close("conv_state", given["conv_state"], ref["conv_state"], tolerance)
+    assert_close("ssm_state", given["ssm_state"], ref["ssm_state"], tolerance)
+
+
+@pytest.mark.parametrize("stochastic", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_step_is_its_parts(dtype, stochastic, device):
+    """To the bit, in slots of their own too."""
+    layer, acc = Layer(3, 64, 4, 16, 2, 24), torch.float32
+    given = layer_inputs(layer, device, dtype, dtype if stochastic else acc, slots=5)
+    slots = torch.tensor([4, -1, 2], device=device)
+    seed = position = None
+    if stochastic:
+        seed, position = torch.tensor([3, 4, 5], device=device), torch.tensor([7, 1, 2], device=device)
+    own = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in given.items()}
+    bitkernels.mamba2_step(**given, dtype=dtype, state_indices=slots, seed=seed, position=position)
+
+    inner, both = layer.H * layer.P, layer.G * layer.N
+    projected = bitkernels.mamba2_in_step(
+        own["residual"], own["in_norm"], own["in_packed"], own["in_alpha"], own["in_beta"], own["conv_state"],
+        own["conv_weight"], own["conv_bias"], inner, dtype, own["in_bias"], own["in_eps"], slots,
+    )  # fmt: skip
+    z, x, B, C, dt = projected.split([inner, inner, both, both, layer.H], -1)
+    z, x = (t.unflatten(-1, (layer.H, layer.P)) for t in (z, x))
+    B, C = (t.unflatten(-1, (layer.G, layer.N)) for t in (B, C))
+    y = bitkernels.ssd_step(
+        own["ssm_state"], x, dt, own["A"], B, C, own["D"], z, own["dt_bias"], True, state_indices=slots, seed=seed,
+        position=position,
+    ).flatten(-2)  # fmt: skip
+    bitkernels.mamba2_out_step(
+        own["residual"], y, own["out_norm"], own["out_packed"], own["out_alpha"], own["out_beta"], own["out_bias"],
+        own["out_eps"],
+    )  # fmt: skip
+    for name in ("residual", "conv_state", "ssm_state"):
+        assert torch.equal(given[name], own[name]), name
+
+
 def test_float64():
     given = in_inputs(CASES[3], "cpu", torch.float64)
     ref = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in given.items()}
@@ -130,6 +231,21 @@ def test_float64():
     bitkernels.mamba2_out_step(**given)
     reference.mamba2_out_step(**ref)
     assert_close("residual", given["residual"], ref["residual"])
+    given = layer_inputs(LAYERS[2], "cpu", torch.float64)
+    ref = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in given.items()}
+    bitkernels.mamba2_step(**given, dtype=torch.float64)
+    reference.mamba2_step(**ref)
+    for name in ("residual", "conv_state", "ssm_state"):
+        assert_close(name, given[name], ref[name])
+
+
+@pytest.mark.parametrize("state_dtype", DTYPES, ids=str)
+def test_float64_with_inputs_in_fewer_bits(state_dtype):
+    given = in_inputs(CASES[3], "cpu", torch.float64, state_dtype)
+    ref = wide_arguments(given)
+    y = bitkernels.mamba2_in_step(**given, dtype=torch.float64)
+    assert_close("y", y, reference.mamba2_in_step(**ref))
+    assert_close("conv_state", given["conv_state"], ref["conv_state"], TOLERANCE[state_dtype])
 
 
 @pytest.mark.parametrize("batch", [1, 4, 8, 20])
@@ -178,6 +294,12 @@ def test_noncontiguous(device):
     bitkernels.mamba2_out_step(**given)
     bitkernels.mamba2_out_step(**views)
     assert torch.equal(views["residual"], given["residual"])
+    given = layer_inputs(LAYERS[2], device, torch.float32)
+    views = {k: noncontiguous(v) if isinstance(v, torch.Tensor) else v for k, v in given.items()}
+    bitkernels.mamba2_step(**given, dtype=torch.float32)
+    bitkernels.mamba2_step(**views, dtype=torch.float32)
+    for name in ("residual", "conv_state", "ssm_state"):
+        assert torch.equal(views[name], given[name]), name
 
 
 @pytest.mark.parametrize("case", [CASES[1], CASES[6]], ids=str)
@@ -187,6 +309,16 @@ def test_same_bits_every_run(case, device):
     y = bitkernels.mamba2_in_step(**given, dtype=torch.bfloat16)
     assert torch.equal(bitkernels.mamba2_in_step(**again, dtype=torch.bfloat16), y)
     assert torch.equal(again["conv_state"], given["conv_state"])
+
+
+@pytest.mark.parametrize("layer", LAYERS[:4], ids=str)
+def test_same_bits_of_a_layer_every_run(layer, device):
+    given = layer_inputs(layer, device, torch.bfloat16)
+    again = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in given.items()}
+    bitkernels.mamba2_step(**given, dtype=torch.bfloat16)
+    bitkernels.mamba2_step(**again, dtype=torch.bfloat16)
+    for name in ("residual", "conv_state", "ssm_state"):
+        assert torch.equal(again[name], given[name]), name
 
 
 @pytest.mark.parametrize("size", [0.0, 1e-20, 1e15])
@@ -202,6 +334,8 @@ def test_opcheck(device):
     opcheck(torch.ops.bitkernels.mamba2_in_step.default, (), {**given, "dtype": torch.bfloat16}, grad=False)
     given = out_inputs(Case(2, 20, 32, 4, 8, bias=True), device, torch.float32)
     opcheck(torch.ops.bitkernels.mamba2_out_step.default, (), given, grad=False)
+    given = layer_inputs(LAYERS[1], device, torch.float32)
+    opcheck(torch.ops.bitkernels.mamba2_step.default, (), {**given, "dtype": torch.bfloat16}, grad=False)
 
 
 def test_compile_and_cuda_graph(device):
@@ -258,6 +392,37 @@ def test_bad_output_step(change, words, device):
     given = out_inputs(Case(2, 20, 32, 4, 8), device, torch.float32)
     with pytest.raises(ValueError, match=words):
         bitkernels.mamba2_out_step(**{**given, **{k: v.to(device) for k, v in change.items()}})
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"residual": torch.ones(2, 96).bfloat16()}, "mamba2_step: residual must be Float, got BFloat16"),
+        ({"residual": torch.ones(2, 95)}, r"mamba2_step, in_proj: norm_weight .*got \[96\]"),
+        ({"in_alpha": torch.ones(31)}, r"mamba2_step, in_proj: alpha .*got \[31\]"),
+        ({"out_norm": torch.ones(31)}, r"mamba2_step, out_proj: norm_weight .*got \[31\]"),
+        ({"out_packed": torch.ones(95, 3).to(torch.uint32)}, r"mamba2_step, out_proj: .*"),
+        ({"conv_weight": torch.ones(177, 4)}, r"mamba2_step: conv_state .*got \[2, 3, 176\]"),
+        ({"conv_weight": torch.ones(175, 4), "conv_state": torch.ones(2, 3, 175), "conv_bias": None},
+         r"mamba2_step: conv_weight must have H P \+ 2 G N channels, H P = 96 and N = 20, got 175"),
+        ({"conv_weight": torch.ones(216, 4), "conv_state": torch.ones(2, 3, 216),
+          "in_packed": torch.ones(316, 3).to(torch.uint32), "in_alpha": torch.ones(1), "in_beta": torch.ones(1)},
+         "mamba2_step: the number of groups in conv_weight must divide 4 heads, got 3"),
+        ({"conv_weight": torch.ones(136, 4), "conv_state": torch.ones(2, 3, 136), "conv_bias": None},
+         "mamba2_step: in_packed must have 236 rows, z, x, B, C and dt, got 276"),
+        ({"ssm_state": torch.ones(2, 4, 24)}, r"mamba2_step: ssm_state must be \[B, H, P, N\], got \[2, 4, 24\]"),
+        ({"ssm_state": torch.ones(3, 4, 24, 20)}, r"mamba2_step: ssm_state .*got \[3, 4, 24, 20\]"),
+        ({"A": torch.ones(3)}, r"mamba2_step: A .*got \[3\]"),
+        ({"seed": torch.ones(2).long()}, "mamba2_step: seed and position must be given together"),
+    ],
+)  # fmt: skip
+def test_bad_layer(change, words, device):
+    given = {**layer_inputs(LAYERS[2], device, torch.float32), "dtype": torch.float32}
+    before = {k: given[k].clone() for k in ("residual", "conv_state", "ssm_state")}
+    change = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in change.items()}
+    with pytest.raises(ValueError, match=words):
+        bitkernels.mamba2_step(**{**given, **change})
+    assert all(torch.equal(given[k], before[k]) for k in before)
 
 
 def test_slot_out_of_range():

@@ -16,13 +16,14 @@ from torch.overrides import TorchFunctionMode
 
 from bitkernels import (
     causal_conv1d_step,
+    dense_linear,
     mamba2_in_step,
     mamba2_mixer,
-    mamba2_out_step,
+    mamba2_step,
     ssd_step,
 )
 from bitkernels.models.config import BiMambaConfig
-from bitkernels.nn import BitEmbedding, BitLinear, FBILinear, PackedLinear
+from bitkernels.nn import BitEmbedding, BitLinear, FBILinear, Int8Embedding, PackedLinear
 from bitkernels.nn.convert import empty_packed_
 
 if TYPE_CHECKING:
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 _DT_MIN, _DT_MAX, _DT_FLOOR = 1e-3, 0.1, 1e-4
 _A_RANGE = (1.0, 16.0)
 _EMBEDDING_STD = 0.02
+# Up to which dense_linear is faster than torch's product with the head on a CPU.
+_FEW_TOKENS = 8
 # Sets the keys of a request's layers apart; any odd number far from those that users choose.
 _LAYER_SEED = 0x9E3779B97F4A7
 
@@ -175,7 +178,8 @@ class Mixer(nn.Module):
 
     def kept_A(self) -> Tensor:
         """``A`` without a gradient, made again only when ``A_log`` has changed: a step has no time for it."""
-        key = self.A_log.data_ptr(), self.A_log._version
+        A_log = self._parameters["A_log"]
+        key = A_log.data_ptr(), A_log._version
         if self._kept_A[0] != key:
             self._kept_A = key, self.A.detach()
         return self._kept_A[1]
@@ -225,12 +229,18 @@ class Layer(nn.Module):
         ssm_state: Tensor,  # [B, H, P, N], updated in place
         slots: Slots | None = None,
     ) -> Tensor:
-        """One token: the residual after this layer, in three launches where both projections are packed.
-
-        ``slots`` says whose the states are.
-        """
+        """One token: the residual after this layer. ``slots`` says whose the states are."""
         mixer, config = self.mixer, self.mixer.config
         indices, seed, position = slots or (None, None, None)
+        into, out = mixer.in_proj, mixer.out_proj
+        if isinstance(into, PackedLinear) and isinstance(out, PackedLinear):
+            of = mixer._parameters  # as attributes they would take longer than the call, on a CPU
+            mamba2_step(
+                residual, self.norm.weight, *into.packed(), conv_state, of["conv_weight"], of["conv_bias"], ssm_state,
+                mixer.kept_A(), of["D"], of["dt_bias"], of["norm_weight"], *out.packed(), dtype, self.norm.eps,
+                config.norm_eps, indices, seed, position,
+            )  # fmt: skip
+            return residual
         projected = self._step_in(residual, dtype, conv_state, indices)
         z, xbc, dt = mixer._split(projected)
         x, B, C = mixer._split_conv(xbc)
@@ -238,14 +248,8 @@ class Layer(nn.Module):
             ssm_state, x, dt, mixer.kept_A(), B, C, D=mixer.D, z=z.unflatten(-1, x.shape[1:]), dt_bias=mixer.dt_bias,
             dt_softplus=True, state_indices=indices, seed=seed, position=position,
         ).flatten(-2)  # fmt: skip
-        proj = mixer.out_proj
-        if isinstance(proj, PackedLinear):
-            mamba2_out_step(
-                residual, y, mixer.norm_weight, proj.w_packed, proj.alpha, proj.beta, proj.bias, config.norm_eps
-            )
-            return residual
         y = F.rms_norm(y, y.shape[-1:], mixer.norm_weight.to(y.dtype), config.norm_eps)
-        return residual + proj(y).float()
+        return residual + out(y).float()
 
     def _step_in(self, residual: Tensor, dtype: torch.dtype, conv_state: Tensor, indices: Tensor | None) -> Tensor:
         """The input projection with x, B and C convolved, [B, d_in_proj]."""
@@ -344,6 +348,16 @@ class BiMambaForCausalLM(nn.Module):
             self.embedding.out_dtype = dtype
         return self
 
+    def round_embedding_(self) -> "BiMambaForCausalLM":
+        """Rounds a tied embedding to int8, in place: half the bytes that a decode step reads as its head.
+
+        For inference: it has no stored form, round after loading.
+        """
+        if self.head is not None or not isinstance(self.embedding, nn.Embedding):
+            raise ValueError("round_embedding_: the embedding must be full-precision and tied to the head")
+        self.embedding = Int8Embedding.from_embedding(self.embedding)
+        return self
+
     def _dense(self) -> dict[str, nn.Module]:
         return {name: m for name, m in self.named_modules() if isinstance(m, nn.Embedding | nn.Linear)}
 
@@ -369,7 +383,17 @@ class BiMambaForCausalLM(nn.Module):
         return self.norm(residual, dtype)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        return F.linear(hidden, self.embedding.weight) if self.head is None else self.head(hidden)
+        if self.head is not None:
+            return self.head(hidden)
+        if isinstance(self.embedding, Int8Embedding):
+            return self.embedding.logits(hidden)
+        return F.linear(hidden, self.embedding.weight)
+
+    def next_logits(self, hidden: Tensor) -> Tensor:
+        """``logits`` of a few tokens [B, d_model], without a gradient."""
+        head = self.embedding if self.head is None else self.head
+        few = hidden.shape[0] <= _FEW_TOKENS and isinstance(head, nn.Embedding | nn.Linear)
+        return dense_linear(hidden, head.weight) if few else self.logits(hidden)
 
     def forward(self, ids: Tensor, seq_idx: Tensor | None = None) -> Tensor:
         """[B, T] ids -> [B, T, vocab_size] logits.
@@ -388,7 +412,7 @@ class BiMambaForCausalLM(nn.Module):
         self._check_cache(ids, cache)
         hidden = self.hidden_states(ids, cache=cache)
         cache.tokens += ids.shape[1]
-        return self.logits(hidden[:, -1])
+        return self.next_logits(hidden[:, -1])
 
     @torch.no_grad()
     def prefill_packed(self, ids: Tensor, packed: Packed, cache: BiMambaCache) -> Tensor:
@@ -397,7 +421,7 @@ class BiMambaForCausalLM(nn.Module):
         dtype, residual = hidden.dtype, hidden.float()
         for layer, conv, ssm in zip(self.layers, cache.conv, cache.ssm, strict=True):
             residual = residual + layer.mixer(layer.norm(residual, dtype), None, conv, ssm, packed).float()
-        return self.logits(self.norm(residual[0, packed.cu_seqlens[1:] - 1], dtype))
+        return self.next_logits(self.norm(residual[0, packed.cu_seqlens[1:] - 1], dtype))
 
     @torch.no_grad()
     def step(self, ids: Tensor, cache: BiMambaCache, slots: Slots | None = None) -> Tensor:
@@ -410,11 +434,10 @@ class BiMambaForCausalLM(nn.Module):
             self._check_cache(ids, cache)
         hidden = self.embedding(ids)
         dtype, residual = hidden.dtype, hidden.float()
-        for i, layer in enumerate(self.layers):
-            states = cache.conv[i], cache.ssm[i], slots and slots.of_layer(i)
-            residual = layer.step(residual, dtype, *states)
+        for i, (layer, conv, ssm) in enumerate(zip(self.layers, cache.conv, cache.ssm, strict=True)):
+            residual = layer.step(residual, dtype, conv, ssm, slots and slots.of_layer(i))
         cache.tokens += 1
-        return self.logits(self.norm(residual, dtype))
+        return self.next_logits(self.norm(residual, dtype))
 
     def stream(
         self,

@@ -148,6 +148,11 @@ class PackedLinear(nn.Module):
             packed.bias.copy_(layer.bias)
         return packed.train(layer.training)
 
+    def packed(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """w_packed, alpha, beta and bias."""
+        of = self._buffers
+        return of["w_packed"], of["alpha"], of["beta"], of["bias"]
+
     def forward(self, x: Tensor) -> Tensor:
         check_width("PackedLinear", x, self.in_features)
         return packed_linear(autocast_activation(x), self.w_packed, self.alpha, self.beta, self.bias)

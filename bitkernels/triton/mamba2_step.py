@@ -1,4 +1,4 @@
-"""The steps on either side of ``ssd_step``, made of other operators, where the CUDA library was not built."""
+"""A step of the Mamba-2 block and its ends, made of other operators, where the CUDA library was not built."""
 
 import torch
 import torch.nn.functional as F
@@ -55,5 +55,48 @@ def mamba2_out_step(
     residual += torch.ops.bitkernels.packed_linear(normalised, w_packed, alpha, beta, bias)
 
 
+def mamba2_step(
+    residual: Tensor,
+    in_norm: Tensor,
+    in_packed: Tensor,
+    in_alpha: Tensor,
+    in_beta: Tensor,
+    in_bias: Tensor | None,
+    conv_state: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    ssm_state: Tensor,
+    A: Tensor,
+    D: Tensor | None,
+    dt_bias: Tensor | None,
+    out_norm: Tensor,
+    out_packed: Tensor,
+    out_alpha: Tensor,
+    out_beta: Tensor,
+    out_bias: Tensor | None,
+    dtype: torch.dtype,
+    in_eps: float = 1e-5,
+    out_eps: float = 1e-5,
+    state_indices: Tensor | None = None,
+    seed: Tensor | None = None,
+    position: Tensor | None = None,
+) -> None:
+    """``bitkernels::mamba2_step``."""
+    ops = torch.ops.bitkernels
+    H, P, N = ssm_state.shape[1:]
+    state_columns = (conv_weight.shape[0] - H * P) // 2
+    projected = ops.mamba2_in_step(
+        residual, in_norm, in_packed, in_alpha, in_beta, conv_state, conv_weight, conv_bias, H * P, dtype, in_bias,
+        in_eps, state_indices,
+    )  # fmt: skip
+    z, x, B, C, dt = projected.split([H * P, H * P, state_columns, state_columns, H], dim=-1)
+    heads, groups = (H, P), (state_columns // N, N)
+    y = ops.ssd_step(
+        ssm_state, x.unflatten(-1, heads), dt, A, B.unflatten(-1, groups), C.unflatten(-1, groups), D,
+        z.unflatten(-1, heads), dt_bias, True, 0.0, None, state_indices, seed, position,
+    )  # fmt: skip
+    ops.mamba2_out_step(residual, y.flatten(-2), out_norm, out_packed, out_alpha, out_beta, out_bias, out_eps)
+
+
 def register(dispatch_key: str = "CUDA") -> None:
-    arguments.register(dispatch_key, mamba2_in_step, mamba2_out_step)
+    arguments.register(dispatch_key, mamba2_in_step, mamba2_out_step, mamba2_step)

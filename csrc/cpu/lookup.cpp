@@ -8,34 +8,13 @@
 #include "buffer.h"
 #include "cpu_features.h"
 #include "element.h"
+#include "lookup_rows.h"
 
 namespace bitkernels::cpu {
 namespace {
 
 constexpr int64_t kMaxBlockTokens = 8;
-constexpr int64_t kLanes = 16;               // partial sums of a reduction the compiler may keep in vectors
 constexpr int64_t kGrainProducts = 1 << 17;  // products worth a thread
-
-template <typename T, typename X>
-T scaled_row(const X* x, const LookupMatmul<T>& a, T* out) {
-  T sums[kLanes] = {};
-  int64_t k = 0;
-  for (; k + kLanes <= a.K; k += kLanes) {
-    for (int64_t i = 0; i < kLanes; ++i) {
-      const T v = to_float(x[k + i]);
-      out[k + i] = a.in_scale[k + i] * v;
-      sums[i] += a.in_shift[k + i] * v;
-    }
-  }
-  for (int64_t i = 0; k < a.K; ++k, ++i) {
-    const T v = to_float(x[k]);
-    out[k] = a.in_scale[k] * v;
-    sums[i] += a.in_shift[k] * v;
-  }
-  T sum = 0;
-  for (T s : sums) sum += s;
-  return sum;
-}
 
 // What one thread needs: the tables of a block of tokens, and a chunk of a panel with its dot products.
 template <typename T>
@@ -44,6 +23,7 @@ class Worker {
   Worker(const LookupMatmul<T>& a, const LookupKernels<T>& kernels)
       : a_(a),
         kernels_(kernels),
+        rows_(row_kernels<T>()),
         words_(ceil_div(a.K, per_word(a.format))),
         block_(lookup_block_tokens(a.format, a.M, a.K)),
         panels_(ceil_div(a.N, kPanelRows)),
@@ -71,15 +51,15 @@ class Worker {
     std::fill(row_.data + a_.K, row_.data + words_ * per_word(a_.format), T(0));
     for (int64_t t = 0; t < tokens_of(block); ++t) {
       const int64_t m = block * block_ + t;
-      visit(a_.dtype, [&](auto element) {
-        shifts_[t] = scaled_row(static_cast<const decltype(element)*>(a_.x) + m * a_.K, a_, row_.data);
-      });
+      shifts_[t] = rows_.scale(a_, m, row_.data);
       factors_[t] = kernels_.tabulate(row_.data, words_, tables_.data + t * table_stride_);
     }
   }
 
   void multiply(int64_t block, int64_t n0) {
-    const int64_t tokens = tokens_of(block);
+    const int64_t tokens = tokens_of(block), m0 = block * block_;
+    const int64_t columns = std::min<int64_t>(kPanelRows, a_.N - n0);
+    for (int64_t t = 0; t < tokens; ++t) rows_.expect(a_, m0 + t, n0, columns);
     std::fill_n(sums_.data, tokens * kernels_.sum_bytes, std::byte{0});
     for_each_chunk(a_.w, a_.N, words_, n0, [&](const uint32_t* const* rows, int64_t word, int count) {
       kernels_.load(rows, word, count, chunk_.data);
@@ -89,31 +69,14 @@ class Worker {
     for (int64_t t = 0; t < tokens; ++t) {
       kernels_.finish(sums_.data + t * kernels_.sum_bytes, factors_[t], dots_.data + t * kPanelRows);
     }
-    const int64_t columns = std::min<int64_t>(kPanelRows, a_.N - n0);
+    for (int64_t t = 0; t < tokens; ++t) {
+      rows_.store(a_, m0 + t, n0, columns, dots_.data + t * kPanelRows, shifts_[t]);
+    }
+    if (!a_.left) return;
     visit(a_.dtype, [&](auto element) {
       using X = decltype(element);
-      const int64_t m0 = block * block_;
-      store(static_cast<X*>(a_.y) + m0 * a_.N + n0, n0, tokens, columns);
-      if (a_.left) {
-        reduce(static_cast<const X*>(a_.left) + m0 * a_.N + n0, block * a_.N + n0, tokens, columns);
-      }
+      reduce(static_cast<const X*>(a_.left) + m0 * a_.N + n0, block * a_.N + n0, tokens, columns);
     });
-  }
-
-  template <typename X>
-  void store(X* y, int64_t n0, int64_t tokens, int64_t columns) {
-    // Side by side, or the loop over them is no vector loop.
-    T scale[kPanelRows], shift[kPanelRows], bias[kPanelRows];
-    for (int64_t i = 0; i < columns; ++i) {
-      scale[i] = a_.out_scale[n0 + i];
-      shift[i] = a_.out_shift[n0 + i];
-      bias[i] = a_.bias ? a_.bias[n0 + i] : T(0);
-    }
-    for (int64_t t = 0; t < tokens; ++t) {
-      const T* dots = dots_.data + t * kPanelRows;
-      const T sum = shifts_[t];
-      for (int64_t i = 0; i < columns; ++i) from_float(scale[i] * dots[i] + shift[i] * sum + bias[i], y[t * a_.N + i]);
-    }
   }
 
   template <typename X>
@@ -133,6 +96,7 @@ class Worker {
 
   const LookupMatmul<T>& a_;
   const LookupKernels<T>& kernels_;
+  const RowKernels<T>& rows_;
   const int64_t words_, block_, panels_, table_stride_;
   Buffer<T> row_;
   Buffer<std::byte> tables_;

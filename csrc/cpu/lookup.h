@@ -49,9 +49,9 @@ struct Scale {
 // y[m, n] = out_scale[n] * sum_k w[n, k] in_scale[k] x[m, k] + out_shift[n] * sum_k in_shift[k] x[m, k] + bias[n]
 template <typename T>
 struct LookupMatmul {
-  const void* x;      // [M, K] dtype
+  const void* x;      // [M, K] dtype, or T where wide_x
   const uint32_t* w;  // [N, words]
-  void* y;            // [M, N] dtype
+  void* y;            // [M, N] dtype, or T where added
   DType dtype;
   Format format;
   Scale<T> in_scale, in_shift, out_scale, out_shift;
@@ -63,6 +63,12 @@ struct LookupMatmul {
   const void* left;  // [M, N] dtype
   T* left_dots;      // [ceil(M / block), N]
   T* left_sums;      // as left_dots
+  // Where not null, x[m, k] above stands for x[m, k] / sqrt(mean_k(x[m, k]^2) + eps) * norm_weight[k].
+  const T* norm_weight = nullptr;  // [K]
+  double eps = 0;
+  bool wide_x = false;
+  bool added = false;              // to what y holds
+  const ConvStep* conv = nullptr;  // a step of it follows on y's columns, if any
 };
 
 // Tokens whose tables are held at once; fixed by the sizes alone, so that results do not depend on threads.

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "causal_conv1d_body.h"
+#include "dense_linear_body.h"
 #include "gated_rms_norm_body.h"
 #include "mixer_isa.h"
 #include "ssd_scan_backward_body.h"
@@ -25,10 +26,19 @@ void step_any_state(const SsdStep& p, int64_t batch, int64_t head) {
 
 template <typename E>
 constexpr MixerKernels kMixerKernels = {
-    scan_group_tiles<E, AccOf<E>>, scan_heads<E, AccOf<E>>,         scan_block_backward<E, AccOf<E>>,
-    scan_sum_blocks<E, AccOf<E>>,  scan_sum_sequences<AccOf<E>>,    step_any_state<E>,
-    conv_rows<E, AccOf<E>>,        conv_rows_backward<E, AccOf<E>>, conv_sum_blocks<AccOf<E>>,
-    norm_rows<E, AccOf<E>>,        norm_rows_backward<E, AccOf<E>>, norm_sum_blocks<AccOf<E>>,
+    scan_group_tiles<E, AccOf<E>>,
+    scan_heads<E, AccOf<E>>,
+    scan_block_backward<E, AccOf<E>>,
+    scan_sum_blocks<E, AccOf<E>>,
+    scan_sum_sequences<AccOf<E>>,
+    step_any_state<E>,
+    conv_rows<E, AccOf<E>>,
+    conv_rows_backward<E, AccOf<E>>,
+    conv_sum_blocks<AccOf<E>>,
+    norm_rows<E, AccOf<E>>,
+    norm_rows_backward<E, AccOf<E>>,
+    norm_sum_blocks<AccOf<E>>,
+    dense_columns<E>,
 };
 
 const MixerKernels& mixer_kernels_of(DType dtype) {

@@ -1,4 +1,4 @@
-// The Mamba-2 kernels of one instruction set and one dtype, and the choice between them.
+// The Mamba-2 kernels, and the head's, of one instruction set and one dtype, and the choice between them.
 #pragma once
 
 #include "../mixer_kernels.h"
@@ -19,6 +19,7 @@ struct MixerKernels {
   void (*norm_rows)(const GatedRmsNorm&, int64_t begin, int64_t end, void* scratch);
   void (*norm_rows_backward)(const GatedRmsNormBackward&, int64_t begin, int64_t end, void* partial);
   void (*norm_sum_blocks)(const GatedRmsNormBackward&, int64_t blocks, int64_t begin, int64_t end);
+  void (*dense_columns)(const DenseLinear&, int64_t begin, int64_t end, void* scratch);
 };
 
 const MixerKernels& mixer_kernels_portable(DType);

@@ -6,6 +6,9 @@
 #pragma once
 
 #include <math.h>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
 
 #include <cstdint>
 #include <type_traits>
@@ -39,6 +42,7 @@ constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(T));
 using VecI = Vec<int32_t>;
 using VecU = Vec<uint32_t>;
 typedef uint16_t VecU16 __attribute__((vector_size(kVectorBytes / 2)));
+typedef int8_t VecI8 __attribute__((vector_size(kVectorBytes / 4)));
 
 struct BFloat16 {
   uint16_t bits;
@@ -64,18 +68,43 @@ inline Vec<T> splat(T value) {
   return value - Vec<T>{};  // not a sum, which would turn -0 into +0
 }
 
-inline Vec<float> widen(BFloat16, VecU16 bits) {
-  return as_bits<Vec<float>>(__builtin_convertvector(bits, VecU) << 16);
+// gcc makes five instructions of a conversion to twice the width.
+inline VecU widen_bits(VecU16 bits) {
+#if defined(__AVX512F__)
+  return as_bits<VecU>(_mm512_cvtepu16_epi32(as_bits<__m256i>(bits)));
+#elif defined(__AVX2__)
+  return as_bits<VecU>(_mm256_cvtepu16_epi32(as_bits<__m128i>(bits)));
+#else
+  return __builtin_convertvector(bits, VecU);
+#endif
 }
+
+inline VecU16 narrow_bits(VecU bits) {
+#if defined(__AVX512F__)
+  return as_bits<VecU16>(_mm512_cvtepi32_epi16(as_bits<__m512i>(bits)));
+#else
+  return __builtin_convertvector(bits, VecU16);
+#endif
+}
+
+inline Vec<float> widen(VecI8 value) {
+#if defined(__AVX512F__)
+  return as_bits<Vec<float>>(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(as_bits<__m128i>(value))));
+#else
+  return __builtin_convertvector(__builtin_convertvector(value, VecI), Vec<float>);
+#endif
+}
+
+inline Vec<float> widen(BFloat16, VecU16 bits) { return as_bits<Vec<float>>(widen_bits(bits) << 16); }
 
 inline VecU16 narrow(BFloat16, Vec<float> value) {
   const VecU bits = as_bits<VecU>(value);
   const VecU rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  return __builtin_convertvector(value == value ? rounded : (bits >> 16) | 0x40u, VecU16);
+  return narrow_bits(value == value ? rounded : (bits >> 16) | 0x40u);
 }
 
 inline Vec<float> widen(Float16, VecU16 half) {
-  const VecU bits = __builtin_convertvector(half, VecU);
+  const VecU bits = widen_bits(half);
   const VecU magnitude = (bits & 0x7fffu) << 13;
   // 2^112 moves the exponent bias from 15 to 127 and normalises subnormal numbers.
   const VecU finite = as_bits<VecU>(as_bits<Vec<float>>(magnitude) * 0x1p112f);
@@ -91,7 +120,7 @@ inline VecU16 narrow(Float16, Vec<float> value) {
   const VecU subnormal = as_bits<VecU>(as_bits<Vec<float>>(magnitude) + 0.5f) - 0x3f000000u;
   const VecU special = magnitude > 0x7f800000u ? VecU{} + 0x7e00u : VecU{} + 0x7c00u;
   const VecU result = magnitude >= 0x47800000u ? special : (magnitude < 0x38800000u ? subnormal : normal);
-  return __builtin_convertvector(result | (bits & 0x80000000u) >> 16, VecU16);
+  return narrow_bits(result | (bits & 0x80000000u) >> 16);
 }
 
 template <typename E>
@@ -100,6 +129,10 @@ inline Vec<AccOf<E>> load(const E* from) {
     VecU16 bits;
     __builtin_memcpy(&bits, from, sizeof(bits));
     return widen(E{}, bits);
+  } else if constexpr (sizeof(E) == 1) {
+    VecI8 value;
+    __builtin_memcpy(&value, from, sizeof(value));
+    return widen(value);
   } else {
     Vec<E> value;
     __builtin_memcpy(&value, from, sizeof(value));
@@ -141,15 +174,18 @@ inline AccOf<E> load_one(const E* from) {
   return load(from, 1)[0];
 }
 
+// Halves onto halves, in registers: an array of lanes would pass through memory at every step.
 template <typename V>
 inline auto sum_lanes(V value) {
-  constexpr int lanes = sizeof(V) / sizeof(value[0]);
-  std::remove_cvref_t<decltype(value[0])> parts[lanes];
-  __builtin_memcpy(parts, &value, sizeof(value));
-  for (int width = lanes / 2; width > 0; width /= 2) {
-    for (int i = 0; i < width; ++i) parts[i] += parts[i + width];
+  using T = std::remove_cvref_t<decltype(value[0])>;
+  if constexpr (sizeof(V) == sizeof(T)) {
+    return value[0];
+  } else {
+    typedef T Half __attribute__((vector_size(sizeof(V) / 2)));
+    Half halves[2];
+    __builtin_memcpy(halves, &value, sizeof(value));
+    return sum_lanes(halves[0] + halves[1]);
   }
-  return parts[0];
 }
 
 // Zero below the smallest normal number, so that no later product is slowed by subnormal ones.

@@ -1,7 +1,7 @@
 // packed_linear and its backward on the lookup matmul.
-#include <algorithm>
+#include "packed_linear.h"
 
-#include "lookup.h"
+#include <algorithm>
 
 namespace bitkernels::cpu {
 namespace {
@@ -34,12 +34,6 @@ LookupMatmul<T> matmul(const void* x, const uint32_t* w, const void* alpha, cons
       .left_dots = nullptr,
       .left_sums = nullptr,
   };
-}
-
-template <typename T>
-LookupMatmul<T> forward(const PackedLinear& a) {
-  return matmul<T>(a.x, a.w_packed, a.alpha, a.beta, a.bias, a.y, a.dtype, a.axis == ScaleAxis::kColumn,
-                   a.axis == ScaleAxis::kSingle, a.M, a.N, a.K);
 }
 
 // Blocks of tokens whose contributions to dalpha and dbeta are summed on their own.
@@ -78,14 +72,25 @@ void backward(const PackedLinearBackward& a, Executor run) {
 
 }  // namespace
 
+template <typename T>
+LookupMatmul<T> packed_product(const PackedLinear& a) {
+  return matmul<T>(a.x, a.w_packed, a.alpha, a.beta, a.bias, a.y, a.dtype, a.axis == ScaleAxis::kColumn,
+                   a.axis == ScaleAxis::kSingle, a.M, a.N, a.K);
+}
+
+template LookupMatmul<float> packed_product(const PackedLinear&);
+template LookupMatmul<double> packed_product(const PackedLinear&);
+
 int64_t packed_linear_workspace(const PackedLinear&) { return 0; }
 
 void packed_linear(const PackedLinear& a, Executor run) {
-  a.dtype == DType::kFloat64 ? lookup_matmul(forward<double>(a), run) : lookup_matmul(forward<float>(a), run);
+  a.dtype == DType::kFloat64 ? lookup_matmul(packed_product<double>(a), run)
+                             : lookup_matmul(packed_product<float>(a), run);
 }
 
 std::string explain(const PackedLinear& a) {
-  return a.dtype == DType::kFloat64 ? explain_lookup(forward<double>(a)) : explain_lookup(forward<float>(a));
+  return a.dtype == DType::kFloat64 ? explain_lookup(packed_product<double>(a))
+                                    : explain_lookup(packed_product<float>(a));
 }
 
 int64_t packed_linear_backward_workspace(const PackedLinearBackward& a) {

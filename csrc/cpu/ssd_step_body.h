@@ -22,23 +22,39 @@ void step_tile(S* h, int64_t stride, int64_t rows, int64_t first_row, int64_t n0
     b[v] = load(B + n0 + v * kN, N - n0 - v * kN);
     c[v] = load(C + n0 + v * kN, N - n0 - v * kN);
   }
-  VecU bits[kDrawnRows][kRandom ? kStepVectors : 1];
+  uint16_t bits[kRandom ? kDrawnRows : 1][RandomBits::kElements];
   for (int64_t i = 0; i < rows; ++i) {
     S* row = h + i * stride + n0;
     if constexpr (kRandom) {
       if (i % kDrawnRows == 0) random.fill(bits, first_row + i, n0);
     }
-    Vec<T> sum{};
-    for (int v = 0; v < kStepVectors; ++v) {
-      const int64_t left = kWhole ? kN : N - n0 - v * kN;
-      if (left <= 0) break;
-      const Vec<T> next = load(row + v * kN, left) * decay + b[v] * scaled[i];
+    const uint16_t* drawn = bits[kRandom ? i % kDrawnRows : 0];
+    const auto step = [&](int v, int64_t left) { return load(row + v * kN, left) * decay + b[v] * scaled[i]; };
+    const auto put = [&](int v, Vec<T> value, int64_t left) {
       if constexpr (kRandom) {
-        store_randomly(row + v * kN, next, bits[i % kDrawnRows][v], left);
+        store_randomly(row + v * kN, value, drawn + v * kN, left);
       } else {
-        store(row + v * kN, next, left);
+        store(row + v * kN, value, left);
       }
-      sum += next * c[v];
+    };
+    Vec<T> sum{};
+    for (int v = 0; v < kStepVectors; v += 2) {
+      const int64_t left = kWhole ? 2 * kN : N - n0 - v * kN;
+      if (left <= 0) break;
+      const Vec<T> first = step(v, left);
+      sum += first * c[v];
+      if (left <= kN) {
+        put(v, first, left);
+        break;
+      }
+      const Vec<T> second = step(v + 1, left - kN);
+      sum += second * c[v + 1];
+      if constexpr (kRandom && kWhole) {
+        store_randomly(row + v * kN, first, second, drawn + v * kN);
+      } else {
+        put(v, first, left);
+        put(v + 1, second, left - kN);
+      }
     }
     sums[i] += sum_lanes(sum);
   }
@@ -55,6 +71,7 @@ void step_head(const SsdStep& p, int64_t batch, int64_t head) {
   const E* B = view(p.B, group, E{});
   const E* C = view(p.C, group, E{});
   const E* z = p.z.data ? view(p.z, head, E{}) : nullptr;
+  const T* D = static_cast<const T*>(p.D);
   T raw = p.dt_bias ? static_cast<const T*>(p.dt_bias)[head] : T(0);
   switch (p.dt_dtype) {
     case DType::kBFloat16: raw += load_one(view(p.dt, head, BFloat16{})); break;
@@ -80,7 +97,9 @@ void step_head(const SsdStep& p, int64_t batch, int64_t head) {
   for (int64_t i0 = 0; i0 < p.P; i0 += kStepRows) {
     const int64_t rows = p.P - i0 < kStepRows ? p.P - i0 : kStepRows;
     T scaled[kStepRows], sums[kStepRows] = {};
-    for (int64_t i = 0; i < rows; ++i) scaled[i] = dt[0] * load_one(x + i0 + i);
+    for (int64_t i = 0; i < rows; i += kLanes<T>) {
+      store(scaled + i, dt * load(x + i0 + i, rows - i));
+    }
     for (int64_t n = 0; n < p.N; n += kTile) {
       const auto step = [&](auto randomly, auto whole) {
         step_tile<randomly && sizeof(S) == 2, whole>(state + i0 * p.state_row, p.state_row, rows, head * p.P + i0, n,
@@ -93,11 +112,12 @@ void step_head(const SsdStep& p, int64_t batch, int64_t head) {
         whole ? step(std::false_type{}, std::true_type{}) : step(std::false_type{}, std::false_type{});
       }
     }
-    for (int64_t i = i0; i < i0 + rows; ++i) {
-      T out = sums[i - i0];
-      if (p.D) out += static_cast<const T*>(p.D)[p.D_per_channel ? head * p.P + i : head] * load_one(x + i);
-      if (z) out *= silu(splat(load_one(z + i)))[0];
-      store(y + i, splat(out), 1);
+    for (int64_t i = 0; i < rows; i += kLanes<T>) {
+      const int64_t left = rows - i, row = i0 + i;
+      Vec<T> out = load(sums + i);
+      if (D) out += (p.D_per_channel ? load(D + head * p.P + row, left) : splat(D[head])) * load(x + row, left);
+      if (z) out *= silu(load(z + row, left));
+      store(y + row, out, left);
     }
   }
 }

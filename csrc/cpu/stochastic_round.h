@@ -1,42 +1,26 @@
 // Stochastic rounding of float32 to 16 bits, with random bits that depend on nothing but their key and counter.
 #pragma once
 
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
-
 #include "mixer_vector.h"
 
 namespace bitkernels::cpu {
 namespace {
 
-// Philox4x32-10 (Salmon et al., 2011): four words from a counter of four words and a key of two.
+// Philox4x32-10 (Salmon et al., 2011): four words from a counter of four words and a key of two. Words lie in lanes of
+// 64 bits, where a product leaves both of its halves; what is in the upper half of a word is never looked at.
+using VecL = Vec<uint64_t>;
+
 struct Philox {
   static constexpr int kRounds = 10;
-  uint32_t keys[kRounds][2];
+  uint64_t keys[kRounds][2];
 
-  struct Product {
-    VecU low, high;
-  };
-
-  // The instructions for 64-bit products multiply every other word.
-  static Product product(VecU a, uint32_t b) {
+  static VecL product(VecL a, uint32_t b) {
 #if defined(__AVX512F__)
-    const __m512i x = as_bits<__m512i>(a), y = _mm512_set1_epi32(static_cast<int>(b));
-    const __m512i even = _mm512_mul_epu32(x, y), odd = _mm512_mul_epu32(_mm512_srli_epi64(x, 32), y);
-    return {as_bits<VecU>(_mm512_mask_blend_epi32(0xaaaa, even, _mm512_slli_epi64(odd, 32))),
-            as_bits<VecU>(_mm512_mask_blend_epi32(0xaaaa, _mm512_srli_epi64(even, 32), odd))};
+    return as_bits<VecL>(_mm512_mul_epu32(as_bits<__m512i>(a), _mm512_set1_epi64(b)));
 #elif defined(__AVX2__)
-    const __m256i x = as_bits<__m256i>(a), y = _mm256_set1_epi32(static_cast<int>(b));
-    const __m256i even = _mm256_mul_epu32(x, y), odd = _mm256_mul_epu32(_mm256_srli_epi64(x, 32), y);
-    return {as_bits<VecU>(_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa)),
-            as_bits<VecU>(_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa))};
+    return as_bits<VecL>(_mm256_mul_epu32(as_bits<__m256i>(a), _mm256_set1_epi64x(b)));
 #else
-    // Of each half of a word, so that no product exceeds 32 bits.
-    const VecU low = a & 0xffffu, high = a >> 16;
-    const uint32_t b_low = b & 0xffffu, b_high = b >> 16;
-    const VecU middle = high * b_low + (low * b_low >> 16);
-    return {a * b, high * b_high + (middle >> 16) + ((low * b_high + (middle & 0xffffu)) >> 16)};
+    return (a & 0xffffffffu) * b;
 #endif
   }
 
@@ -50,16 +34,19 @@ struct Philox {
     }
   }
 
-  // kDraws independent chains of instructions; words hold the counters, and then the draws.
+  // kDraws independent chains of instructions; words hold the counters, and then the draws. Without rounds in a loop no
+  // word is moved to the place of another.
   template <int kDraws>
-  void draw(VecU (&words)[kDraws][4]) const {
+  void draw(VecL (&words)[kDraws][4]) const {
+#pragma GCC unroll 10
     for (const auto& key : keys) {
+#pragma GCC unroll 4
       for (auto& word : words) {
-        const Product first = product(word[0], 0xD2511F53u), second = product(word[2], 0xCD9E8D57u);
-        word[0] = second.high ^ word[1] ^ key[0];
-        word[1] = second.low;
-        word[2] = first.high ^ word[3] ^ key[1];
-        word[3] = first.low;
+        const VecL first = product(word[0], 0xD2511F53u), second = product(word[2], 0xCD9E8D57u);
+        word[0] = second >> 32 ^ word[1] ^ key[0];
+        word[1] = second;
+        word[2] = first >> 32 ^ word[3] ^ key[1];
+        word[3] = first;
       }
     }
   }
@@ -68,52 +55,41 @@ struct Philox {
 // What the state of one request is rounded with: element n of a row takes half n % 2 of word n / 2 % 4 of the
 // draw whose counter is (n / 8, row, position) and whose key is the request's seed.
 struct RandomBits {
+  static constexpr int kElements = 8 * kLanes<float>;  // drawn at once of a row
+
   Philox generator;
   uint64_t position;
 
   RandomBits(uint64_t seed, uint64_t position) : generator(seed), position(position) {}
 
-  // 8 * kLanes<float> elements, from n, a multiple of 8, of kRows rows: 16 bits in each lane of 8 vectors a row.
+  // 16 bits for each of kElements elements, from n, a multiple of 8, of kRows rows.
   template <int kRows>
-  void fill(VecU (&bits)[kRows][8], int64_t row, int64_t n) const {
-    VecU counter;
-    for (int i = 0; i < kLanes<float>; ++i) counter[i] = static_cast<uint32_t>(n / 8 + i);
-    VecU words[kRows][4];
-    for (int r = 0; r < kRows; ++r) {
-      words[r][0] = counter;
-      words[r][1] = VecU{} + static_cast<uint32_t>(row + r);
-      words[r][2] = VecU{} + static_cast<uint32_t>(position);
-      words[r][3] = VecU{} + static_cast<uint32_t>(position >> 32);
+  void fill(uint16_t (&bits)[kRows][kElements], int64_t row, int64_t n) const {
+    constexpr int kDraws = kLanes<uint64_t>, kVectors = kElements / 8 / kDraws;
+    // Words 0 and 1 of a draw, and 2 and 3, come from one lane each, of two vectors that are then merged pair by pair:
+    // first the even lanes, then the odd ones.
+    VecL order, first, last;
+    for (int i = 0; i < kDraws; ++i) {
+      order[i] = i / 2 + i % 2 * (kDraws / 2);
+      first[i] = i / 2 * 2 + i % 2 * kDraws;
+      last[i] = first[i] + 1;
+    }
+    VecL words[kRows * kVectors][4];
+#pragma GCC unroll 4
+    for (int i = 0; i < kRows * kVectors; ++i) {
+      words[i][0] = order + static_cast<uint64_t>(n / 8 + i % kVectors * kDraws);
+      words[i][1] = VecL{} + static_cast<uint64_t>(row + i / kVectors);
+      words[i][2] = VecL{} + position;
+      words[i][3] = VecL{} + (position >> 32);
     }
     generator.draw(words);
-    for (int r = 0; r < kRows; ++r) spread(words[r], bits[r]);
-  }
-
- private:
-  static void spread(const VecU (&words)[4], VecU (&bits)[8]) {
-#if defined(__AVX512BW__)
-    // A vector takes two draws. Of lanes 0 to 7, which take one, 0 to 3 have the halves of its words 0 and 1, the low
-    // one first, and 4 to 7 those of words 2 and 3.
-    constexpr __mmask32 kFirst = 0x00550055, kLast = 0x55005500;
-    const __m512i step = _mm512_set1_epi32(4);
-    __m512i index = _mm512_setr_epi32(0, 1, 32, 33, 0, 1, 32, 33, 2, 3, 34, 35, 2, 3, 34, 35);
-    const auto word = [&](int i) { return as_bits<__m512i>(words[i]); };
-    for (int v = 0; v < 8; ++v) {
-      const __m512i first = _mm512_maskz_permutex2var_epi16(kFirst, word(0), index, word(1));
-      const __m512i last = _mm512_maskz_permutex2var_epi16(kLast, word(2), index, word(3));
-      bits[v] = as_bits<VecU>(_mm512_or_si512(first, last));
-      index = _mm512_add_epi32(index, step);
+#pragma GCC unroll 4
+    for (int i = 0; i < kRows * kVectors; ++i) {
+      const VecL low = (words[i][0] & 0xffffffffu) | words[i][1] << 32;
+      const VecL high = (words[i][2] & 0xffffffffu) | words[i][3] << 32;
+      const VecL pairs[2] = {__builtin_shuffle(low, high, first), __builtin_shuffle(low, high, last)};
+      __builtin_memcpy(bits[i / kVectors] + i % kVectors * 8 * kDraws, pairs, sizeof(pairs));
     }
-#else
-    uint32_t lanes[4][kLanes<float>];
-    __builtin_memcpy(lanes, words, sizeof(lanes));
-    for (int v = 0; v < 8; ++v) {
-      for (int i = 0; i < kLanes<float>; ++i) {
-        const int element = v * kLanes<float> + i;
-        bits[v][i] = lanes[element / 2 % 4][element / 8] >> (element % 2 * 16) & 0xffffu;
-      }
-    }
-#endif
   }
 };
 
@@ -122,7 +98,7 @@ inline VecU16 narrow_randomly(BFloat16, Vec<float> value, VecU random) {
   const VecU bits = as_bits<VecU>(value);
   const VecU up = (bits & 0x7f800000u) == 0x7f800000u ? bits : bits + random;
   const VecU quiet = value == value ? VecU{} : VecU{} + 0x40u;
-  return __builtin_convertvector(up >> 16 | quiet, VecU16);
+  return narrow_bits(up >> 16 | quiet);
 }
 
 inline VecU16 narrow_randomly(Float16, Vec<float> value, VecU random) {
@@ -136,14 +112,40 @@ inline VecU16 narrow_randomly(Float16, Vec<float> value, VecU random) {
   const VecU finite = magnitude < 0x38800000u ? subnormal : (normal > 0x7c00u ? VecU{} + 0x7c00u : normal);
   const VecU special = magnitude > 0x7f800000u ? VecU{} + 0x7e00u : VecU{} + 0x7c00u;
   const VecU result = magnitude >= 0x47800000u ? special : finite;
-  return __builtin_convertvector(result | (bits & 0x80000000u) >> 16, VecU16);
+  return narrow_bits(result | (bits & 0x80000000u) >> 16);
 }
 
 template <typename E>
-inline void store_randomly(E* to, Vec<float> value, VecU random, int64_t count) {
-  const VecU16 bits = narrow_randomly(E{}, value, random);
+inline void store_randomly(E* to, Vec<float> value, const uint16_t* random, int64_t count) {
+  VecU16 drawn;
+  __builtin_memcpy(&drawn, random, sizeof(drawn));
+  const VecU16 bits = narrow_randomly(E{}, value, widen_bits(drawn));
   const int64_t bytes = 2 * (count < kLanes<float> ? count : kLanes<float>);
   __builtin_memcpy(to, &bits, static_cast<size_t>(bytes));
+}
+
+// Two whole vectors.
+template <typename E>
+inline void store_randomly(E* to, Vec<float> a, Vec<float> b, const uint16_t* random) {
+#if defined(__AVX512BW__)
+  if constexpr (std::is_same_v<E, BFloat16>) {
+    // In lanes of 16 bits: what is cut off, plus the random bits, carries into what is kept.
+    VecI even;
+    for (int i = 0; i < kLanes<float>; ++i) even[i] = (4 * i + 2) << 16 | 4 * i;
+    const __m512i low = as_bits<__m512i>(even), ones = _mm512_set1_epi16(1), in_a = as_bits<__m512i>(a);
+    const __m512i kept = _mm512_permutex2var_epi16(in_a, _mm512_add_epi16(low, ones), as_bits<__m512i>(b));
+    const __m512i cut = _mm512_permutex2var_epi16(in_a, low, as_bits<__m512i>(b));
+    const __m512i drawn = _mm512_loadu_si512(random);
+    const __m512i exponent = _mm512_set1_epi16(0x7f80);
+    if (_mm512_cmpeq_epi16_mask(_mm512_and_si512(kept, exponent), exponent) == 0) [[likely]] {
+      const __mmask32 carry = _mm512_cmplt_epu16_mask(_mm512_add_epi16(cut, drawn), drawn);
+      _mm512_storeu_si512(to, _mm512_mask_add_epi16(kept, carry, kept, ones));
+      return;
+    }
+  }
+#endif
+  store_randomly(to, a, random, kLanes<float>);
+  store_randomly(to + kLanes<float>, b, random + kLanes<float>, kLanes<float>);
 }
 
 }  // namespace

@@ -1,0 +1,42 @@
+"""``dense_linear``: the product with a full-precision or 8-bit head when tokens are few."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bitkernels import _ops  # noqa: F401  (loads the operators)
+
+
+def dense_linear(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
+    """``y = x @ weight^T``, or ``x @ (scale[:, None] * weight)^T`` with an int8 weight.
+
+    Made for a few tokens and a weight too large for a cache, which it reads once: the head of a decode step. Sums are
+    float32 (float64 for float64), and a token's do not depend on the other tokens.
+
+    Args:
+        x: [..., K], float32, bfloat16 or float16 (float64 on the CPU).
+        weight: [N, K], any floating dtype, or int8.
+        scale: [N], where and only where weight is int8.
+
+    Returns:
+        [..., N] in x's dtype. Not differentiable.
+
+    Raises:
+        ValueError: an argument's dtype, shape or device does not fit; the message names it.
+    """
+    return torch.ops.bitkernels.dense_linear(x, weight, scale)
+
+
+# A GPU has torch's product.
+@torch.library.impl("bitkernels::dense_linear", "CUDA")
+def _(x, weight, scale=None):
+    if (weight.dtype == torch.int8) != (scale is not None):
+        raise ValueError(f"dense_linear: scale must be given where and only where weight is int8, got {weight.dtype}")
+    y = F.linear(x, weight.to(x.dtype))
+    return y if scale is None else (y * scale).to(x.dtype)
+
+
+@torch.library.register_fake("bitkernels::dense_linear")
+def _(x, weight, scale=None):
+    torch._check(weight.dim() == 2, lambda: f"dense_linear: weight must be a matrix, got {list(weight.shape)}")
+    return x.new_empty(*x.shape[:-1], weight.shape[0])

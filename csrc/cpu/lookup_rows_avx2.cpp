@@ -1,0 +1,7 @@
+#include "lookup_rows_body.h"
+
+namespace bitkernels::cpu {
+
+const RowKernels<float>& row_kernels_avx2() { return kRowKernels<float>; }
+
+}  // namespace bitkernels::cpu
