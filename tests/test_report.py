@@ -127,7 +127,7 @@ def test_the_command_writes_tables_and_pictures(runs, tmp_path):
     assert result.exit_code == 0, result.output
     written = {path.name for path in out.iterdir()}
     expected = {"perplexity.png", "frontier.png", "weights-bi-mamba.png", "weights-slender-mamba.png", "embeddings.png"}
-    assert written == {"report.md", *expected}
+    assert written == {"report.md", "report.json", *expected}
     content = (out / "report.md").read_text()
     rows = [line.split(" | ") for line in content.splitlines() if line.startswith("| ")]
     by_recipe = {row[0].removeprefix("| "): row for row in rows if len(row) == 9}
