@@ -136,6 +136,13 @@ def test_the_command_writes_tables_and_pictures(runs, tmp_path):
     assert by_recipe["rtn-3"][6] == ""
     assert all(math.isfinite(float(by_recipe[name][7])) for name in ("sign", "bi-mamba"))
     assert all(f"({name})" in content for name in expected)
+    stored = json.loads((out / "report.json").read_text())
+    by_recipe = {row["recipe"]: row for row in stored["rows"]}
+    assert (stored["length"], by_recipe["sign"]["run"], by_recipe["bi-mamba"]["tokens"]) == (32, "mamba-2 rounded", 640)
+    scores = by_recipe["bi-mamba"]["results"]["held-out"]
+    # "the word was in the beginning" and the end of its line are seven words.
+    loss = math.log(scores["perplexity"]) * scores["tokens"]
+    assert math.log(scores["word_perplexity"]) * 140 == pytest.approx(loss, rel=0.02)
 
 
 def test_a_report_without_texts_has_what_was_measured_while_training(runs, tmp_path):
