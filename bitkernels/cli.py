@@ -25,8 +25,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-_DEMO_PACKED = Path("runs/demo/packed.safetensors")
-
 
 class WeightFormat(str, Enum):
     binary = "binary"
@@ -45,6 +43,7 @@ class Dtype(str, Enum):
     float16 = "float16"
 
 
+Model = Annotated[Path | None, typer.Argument(help="A checkpoint, packed or not. Default: the model that ships.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda; auto takes a GPU where there is one.")]
 Text = Annotated[Path | None, typer.Option(help="UTF-8 text, also .xz. Default: the King James Bible, shipped.")]
 Activations = Annotated[Dtype, typer.Option(help="Of embedding and activations.")]
@@ -93,6 +92,10 @@ def _load(path: Path, device: str, dtype: Dtype = Dtype.float32):
 
 @app.command()
 def demo(
+    training: Annotated[
+        bool,
+        typer.Option("--train", help="Train models here; the other options but device, seed and prompt are of this."),
+    ] = False,
     out: Annotated[Path, typer.Option(help="Where the three models are written.")] = Path("runs/demo"),
     text: Text = None,
     device: Device = "auto",
@@ -100,13 +103,18 @@ def demo(
     fast: Annotated[bool, typer.Option("--fast", help="A budget of seconds: shows the steps, learns little.")] = False,
     prompt: Annotated[str, typer.Option(help="What the generated text starts with.")] = "In the beginning",
 ) -> None:
-    """Train a teacher, distil a 1-bit student, pack it, and generate from the packed file.
+    """Generate from the 1-bit model that ships, and say what it takes: under a minute on a 2-core CPU.
 
-    About 3 minutes on a 2-core CPU, 1 minute on a GPU.
+    With --train: train a teacher, distil a 1-bit student, pack it, and generate from the packed file. About 3 minutes
+    on a 2-core CPU, 1 minute on a GPU.
     """
     with _clear_errors():
-        from bitkernels.demo import DemoError, run_demo
+        from bitkernels.data import shipped_model
+        from bitkernels.demo import DemoError, run_demo, show_model
 
+        if not training:
+            show_model(Console(), shipped_model(), _device(device), seed, prompt)
+            return
         try:
             run_demo(Console(), out, _device(device), text, seed, fast, prompt)
         except DemoError as error:
@@ -143,7 +151,7 @@ def train(
     scratch: Annotated[
         bool, typer.Option("--scratch", help="Random weights, also where a teacher could give them.")
     ] = False,
-    config: Annotated[str, typer.Option(help="Named shape: tiny, demo, 170m, 780m, 1.3b, 2.7b.")] = "demo",
+    config: Annotated[str, typer.Option(help="Named shape: tiny, demo, 22m, 170m, 780m, 1.3b, 2.7b.")] = "demo",
     vocab_size: Annotated[int, typer.Option(help="Of the tokenizer that is trained.")] = 512,
     scales: Annotated[Scales, typer.Option(help="Axis of the binary scales.")] = "column",
     steps: Annotated[int, typer.Option(min=1, help="Updates of the weights.")] = 500,
@@ -209,7 +217,8 @@ def train(
             result = perplexity(model, corpus.held_out, length)
             whole = whole_model(model)
             if rank() == 0:
-                save_checkpoint(out, whole, corpus.tokenizer, training=chosen.record(plan))
+                training = chosen.record(plan, source.training if start else None)
+                save_checkpoint(out, whole, corpus.tokenizer, training=training)
             console.print(f"Wrote {out}; held-out perplexity {result:.4f}.")
 
 
@@ -246,7 +255,7 @@ def pack(
 
 @app.command()
 def generate(
-    file: Annotated[Path, typer.Argument(help="A checkpoint, packed or not.")] = _DEMO_PACKED,
+    file: Model = None,
     prompt: Annotated[str, typer.Option(help="What the text starts with.")] = "In the beginning",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 200,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.7,
@@ -264,13 +273,14 @@ def generate(
     with _clear_errors():
         import torch
 
+        from bitkernels.data import shipped_model
         from bitkernels.inference import SamplingParams
         from bitkernels.inference.text import stream_text
 
         sampling = SamplingParams(
             max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed=seed
         )  # fmt: skip
-        checkpoint = _load(file, device, dtype)
+        checkpoint = _load(file or shipped_model(), device, dtype)
         if int8_embedding:
             checkpoint.model.round_embedding_()
         for piece in stream_text(checkpoint, prompt, sampling=sampling, state_dtype=getattr(torch, state_dtype.value)):
@@ -339,8 +349,11 @@ def bench(
 
 @app.command("eval")
 def evaluate(
-    file: Annotated[Path, typer.Argument(help="A checkpoint, packed or not.")] = _DEMO_PACKED,
-    text: Annotated[Path | None, typer.Option(help="Default: the held-out part of the shipped text.")] = None,
+    file: Model = None,
+    text: Annotated[
+        Path | None,
+        typer.Option(help="Default: the held-out part of the shipped text, or what the shipped model has not read."),
+    ] = None,
     tokens: Annotated[int | None, typer.Option(min=1, help="Read only so many tokens.")] = None,
     length: Annotated[int, typer.Option(min=1, help="Tokens of a window.")] = 128,
     dtype: Activations = Dtype.float32,
@@ -348,17 +361,20 @@ def evaluate(
 ) -> None:
     """Perplexity and bits per byte of a checkpoint on held-out text."""
     with _clear_errors():
-        from bitkernels.data import read_text, shipped_text, split_text
+        from bitkernels.data import read_text, shipped_chapters, shipped_model, shipped_text, split_text
         from bitkernels.training.evaluate import evaluate_text
 
+        unread = split_text(shipped_text())[1] if file else shipped_chapters()[1]
+        file = file or shipped_model()
         checkpoint = _load(file, device, dtype)
         if checkpoint.tokenizer is None:
             raise ValueError(f"{file}: holds no tokenizer")
-        held_out = read_text(text) if text else split_text(shipped_text())[1]
-        result = evaluate_text(checkpoint.model, checkpoint.tokenizer, held_out, length, tokens)
+        result = evaluate_text(
+            checkpoint.model, checkpoint.tokenizer, read_text(text) if text else unread, length, tokens
+        )
         typer.echo(
             f"{file}: perplexity {result.perplexity:.4f} over {result.tokens} tokens, "
-            f"{result.bits_per_byte:.4f} bits per byte"
+            f"{result.bits_per_byte:.4f} bits per byte, {result.word_perplexity:.4f} a word"
         )
 
 

@@ -1,4 +1,4 @@
-"""The main job: teacher, binary student, packed file, text from the packed file, and the table of what it cost."""
+"""Text from the model that ships, or the main job: teacher, binary student, packed file, its text, and what it cost."""
 
 import time
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bitkernels.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from bitkernels.data import read_text, shipped_text
+from bitkernels.data import encode, read_text, shipped_chapters, shipped_text
 from bitkernels.inference.memory import weight_bytes
 from bitkernels.inference.text import stream_text
 from bitkernels.models import CONFIGS, BiMambaForCausalLM
@@ -21,6 +21,7 @@ from bitkernels.training.run import Corpus, fit, prepare, student_of
 PACKED_TOLERANCE = 1e-3
 
 _PROMPT = "In the beginning"
+_SHIPPED_TOKENS, _SHIPPED_HELD_OUT, _SHIPPED_LENGTH = 200, 8192, 512
 
 
 class DemoError(RuntimeError):
@@ -67,6 +68,36 @@ def generation_rate(model: BiMambaForCausalLM, prompt: torch.Tensor, new_tokens:
         next(tokens)
     begin = time.perf_counter()
     return sum(1 for _ in tokens) / (time.perf_counter() - begin)
+
+
+def show_model(console: Console, path: Path, device: torch.device, seed: int = 0, prompt: str = _PROMPT) -> None:
+    """Loads the packed model at ``path``, writes text with it as it comes, and says what it takes and how good it is.
+
+    Its perplexity is over chapters of the shipped text that it was not trained on, beside that of a bigram model of
+    the other chapters, in the same tokens.
+    """
+    begin = time.perf_counter()
+    checkpoint = load_checkpoint(path, device)
+    model, tokenizer = checkpoint.model, checkpoint.tokenizer
+    console.print(
+        f"{path.name}: {path.stat().st_size / 1e6:.2f} MB with its tokenizer, {weight_bytes(model) / 1e6:.2f} MB of "
+        f"weights in memory, loaded in {time.perf_counter() - begin:.1f} s. Device: {device}.\n"
+    )
+    start = time.perf_counter()
+    options = {"max_new_tokens": _SHIPPED_TOKENS, "temperature": 0.7, "top_p": 0.9}
+    options |= {"repetition_penalty": 1.15, "seed": seed}
+    for piece in stream_text(checkpoint, prompt, **options):
+        console.print(piece, end="", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"\n\n{_SHIPPED_TOKENS / (time.perf_counter() - start):,.0f} tokens/s, the prompt included.")
+
+    others, unseen = (encode(tokenizer, text) for text in shipped_chapters())
+    held_out = unseen[: _SHIPPED_HELD_OUT + 1]
+    ours = perplexity(model, held_out, _SHIPPED_LENGTH)
+    bigram = BigramModel(others, model.config.vocab_size).perplexity(held_out)
+    console.print(
+        f"Perplexity over {len(held_out) - 1:,} tokens of Bible chapters that it was not trained on: {ours:.2f}; of a "
+        f"bigram model of the other chapters: {bigram:.2f}. {time.perf_counter() - begin:.0f} s in all."
+    )
 
 
 def run_demo(

@@ -78,6 +78,14 @@ STABLE_TORCH_LIBRARY(bitkernels, m) {
       "Tensor? D, Tensor? dt_bias, Tensor out_norm, Tensor out_packed, Tensor out_alpha, Tensor out_beta, "
       "Tensor? out_bias, ScalarType dtype, float in_eps=1e-05, float out_eps=1e-05, Tensor? state_indices=None, "
       "Tensor? seed=None, Tensor? position=None) -> ()");
+  // Every layer of a model; `parameters` are those of mamba2_step, layer by layer.
+  m.def(
+      "mamba2_stack_step(Tensor(a!) residual, Tensor?[] parameters, Tensor(b!) conv_state, Tensor(c!) ssm_state, "
+      "ScalarType dtype, float in_eps=1e-05, float out_eps=1e-05, Tensor? state_indices=None) -> ()");
+  // What mamba2_stack_step does on Hopper GPUs, and whether it could.
+  m.def(
+      "mamba2_stack_step_hopper(Tensor(a!) residual, Tensor?[] parameters, Tensor(b!) conv_state, "
+      "Tensor(c!) ssm_state, ScalarType dtype, float in_eps, float out_eps, Tensor? state_indices) -> bool");
 
   m.def(
       "causal_conv1d(Tensor x, Tensor weight, Tensor? bias=None, Tensor? initial_state=None, "

@@ -16,6 +16,7 @@ def load(name):
 
 def test_pages_show_the_recorded_figures():
     assert load("render").main(["--check"]) == 0
+    assert load("render_results").main(["--check"]) == 0
 
 
 def test_render_writes_and_check_notices(tmp_path, monkeypatch):
@@ -42,6 +43,53 @@ def test_render_writes_and_check_notices(tmp_path, monkeypatch):
     assert "with local changes" in page
     assert "| absent |" in page
     assert "- missing: not installed." in page
+
+
+def test_results_say_which_orderings_hold(tmp_path, monkeypatch):
+    render = load("render_results")
+    monkeypatch.setattr(render, "ROOT", tmp_path)
+    page = tmp_path / "docs" / "results.md"
+    page.parent.mkdir()
+    page.write_text(f"before\n{render.BEGIN}\n{render.END}\nafter\n")
+    assert render.main([]) == 0
+    assert "Not measured yet." in page.read_text()
+
+    def row(recipe, run, test, wiki):
+        results = {
+            name: {"perplexity": value, "tokens": 9, "bits_per_byte": 1.5, "word_perplexity": 123456.0}
+            for name, value in (("test", test), ("wiki", wiki))
+        }
+        numbers = {"start_tokens": 5000, "tokens": 640, "parameter_bits": 3.21e8, "file_bytes": 6_800_000}
+        return {"recipe": recipe, "run": run, "training": {"seed": 3}, "results": results, **numbers}
+
+    rows = [
+        row("mamba-2", "teacher", 1.0, 1.0),
+        row("mamba-2", "mamba-2", 20.0, 80.0),
+        row("bi-mamba", "bi-mamba", 25.0, 100.0),
+        row("bi-mamba-next-token", "bi-mamba-next-token", 24.0, 120.0),
+        row("bi-mamba-kl", "bi-mamba-kl", 25.01, 100.1),
+        row("sign", "teacher rounded", 1.0, 1.0),
+        row("sign", "mamba-2 rounded", 5000.0, 2.5e6),
+        row("bi-mamba", "bi-mamba-22m", 10.0, 10.0),
+    ]
+    content = {"machine": "a GPU", "torch": "2", "length": 512, "rows": rows}
+    (tmp_path / "docs" / "results.json").write_text(json.dumps(content))
+    assert render.main(["--check"]) == 1
+    assert render.main([]) == 0
+    assert render.main(["--check"]) == 0
+    shown = page.read_text()
+    assert shown.startswith("before\n")
+    assert shown.endswith("after\n")
+    assert (
+        "| `sign` | mamba-2 rounded | 3 | 5,000 | 640 | 3.21e+08 | 6.80 | 5,000 | 1.500 | 1.23e+05 | 2.50e+06" in shown
+    )
+    found = {line.split(" | ")[0].removeprefix("| "): line.split(" | ")[-2:] for line in shown.splitlines()}
+    assert found["1-bit training below 1 bit after training"] == ["yes (200.00x)", "yes (25,000x) |"]
+    assert found["distillation below none"] == ["no (0.96x)", "yes (1.20x) |"]
+    assert found["distillation by cross-entropy below KL"] == ["equal (1.00x)", "equal (1.00x) |"]
+    assert found["full precision below 1 bit"] == ["yes (1.25x)", "yes (1.25x) |"]
+    assert "in_proj alone below both projections" not in found
+    assert "PTB no (32.4 / 30.9)" in shown
 
 
 def test_plot_draws_a_curve_where_one_was_measured(tmp_path, monkeypatch):

@@ -4,7 +4,7 @@ import pytest
 from typer.testing import CliRunner
 
 from bitkernels.cli import app
-from bitkernels.data import shipped_text
+from bitkernels.data import shipped, shipped_text
 
 COMMANDS = ["demo", "train", "pack", "generate", "bench", "eval", "report", "info"]
 
@@ -116,8 +116,23 @@ def test_errors_are_one_clear_line(files, tmp_path):
     assert "full precision" in fail("train", "--teacher", files["packed"], "--text", files["text"], "--device", "cpu")
 
 
-def test_demo_runs_end_to_end(tmp_path):
-    output = succeed("demo", "--fast", "--out", tmp_path / "demo", "--device", "cpu")
+def test_the_shipped_model_is_the_default(files, monkeypatch):
+    monkeypatch.setattr(shipped, "SHIPPED_MODEL", files["packed"])
+    output = succeed("demo", "--device", "cpu", "--prompt", "And God said")
+    for word in ("packed.safetensors: 0.", "And God said", "tokens/s", "not trained on", "bigram"):
+        assert word in output
+    assert succeed("generate", "--prompt", "And God said", "--max-new-tokens", 4, "--device", "cpu")
+    assert str(files["packed"]) in succeed("eval", "--tokens", 50, "--device", "cpu")
+
+
+def test_an_installation_without_the_shipped_model(tmp_path, monkeypatch):
+    monkeypatch.setattr(shipped, "SHIPPED_MODEL", tmp_path / "absent.safetensors")
+    for command in ("demo", "generate", "eval"):
+        assert "no model ships with this installation" in fail(command, "--device", "cpu")
+
+
+def test_demo_trains_end_to_end(tmp_path):
+    output = succeed("demo", "--train", "--fast", "--out", tmp_path / "demo", "--device", "cpu")
     for word in ("Teacher", "Student", "packed student", "Bigram", "tokens/s"):
         assert word in output
     assert {path.name for path in (tmp_path / "demo").iterdir()} == {

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from bitkernels.data import Tokens, Windows, documents, encode, token_cache, train_tokenizer
+from bitkernels.data import Tokens, Windows, documents, encode, shipped_chapters, token_cache, train_tokenizer
 from bitkernels.data import cache as cache_module
 from bitkernels.training.run import prepare_files
 
@@ -164,3 +164,11 @@ def _windows(windows, count):
     batch = windows.batch(0, count)
     assert batch.seq_idx.dtype == torch.int32
     return batch.tokens[:, 0].tolist(), batch.seq_idx.numpy()
+
+
+def test_chapters_that_the_shipped_model_has_not_read():
+    others, unseen = shipped_chapters()
+    assert [len(text.split("\n\n")) - 1 for text in (others, unseen)] == [1158, 31]
+    assert "Therefore now, O LORD, take, I beseech thee, my life from me" in unseen
+    assert "In the beginning God created the heaven and the earth. And the earth was" in others
+    assert unseen.count("\n") == 62

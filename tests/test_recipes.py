@@ -21,7 +21,7 @@ from bitkernels.nn import BitEmbedding, BitLinear, FBILinear, pack_
 from bitkernels.nn.ternary import NORM_EPS
 from bitkernels.training import TrainConfig, perplexity, train
 from bitkernels.training.post_training import POST_TRAINING, least_squares_scales, round_to_nearest, ternary_
-from bitkernels.training.recipes import RECIPES, build, find_recipe, start_from_
+from bitkernels.training.recipes import RECIPES, build, find_recipe, start_from_, tokens_read
 from bitkernels.training.teachers import StoredLogits, load_teacher, store_logits
 
 SHAPE = BiMambaConfig(vocab_size=50, d_model=24, n_layer=4, headdim=8, d_state=12, chunk_size=16)
@@ -355,6 +355,9 @@ def test_the_command_line_trains_a_recipe_from_a_teacher(tmp_path):
     output = invoke("train", "--recipe", "bi-mamba-in-proj", "--teacher", teacher, "--out", out, *small)
     assert "starts from the teacher" in output
     assert "bi-mamba-in-proj" in invoke("info", out)
+    record = load_checkpoint(out).training
+    assert record["start_tokens"] == tokens_read(load_checkpoint(teacher).training) == 16
+    assert tokens_read(record) == 32
     invoke("pack", out, "--out", tmp_path / "packed.safetensors")
     assert load_checkpoint(tmp_path / "packed.safetensors").training["recipe"] == "bi-mamba-in-proj"
     assert "give one with --teacher" in invoke("train", "--recipe", "bi-mamba", *small, code=1)

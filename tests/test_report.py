@@ -127,7 +127,7 @@ def test_the_command_writes_tables_and_pictures(runs, tmp_path):
     assert result.exit_code == 0, result.output
     written = {path.name for path in out.iterdir()}
     expected = {"perplexity.png", "frontier.png", "weights-bi-mamba.png", "weights-slender-mamba.png", "embeddings.png"}
-    assert written == {"report.md", *expected}
+    assert written == {"report.md", "report.json", *expected}
     content = (out / "report.md").read_text()
     rows = [line.split(" | ") for line in content.splitlines() if line.startswith("| ")]
     by_recipe = {row[0].removeprefix("| "): row for row in rows if len(row) == 9}
@@ -136,6 +136,13 @@ def test_the_command_writes_tables_and_pictures(runs, tmp_path):
     assert by_recipe["rtn-3"][6] == ""
     assert all(math.isfinite(float(by_recipe[name][7])) for name in ("sign", "bi-mamba"))
     assert all(f"({name})" in content for name in expected)
+    stored = json.loads((out / "report.json").read_text())
+    by_recipe = {row["recipe"]: row for row in stored["rows"]}
+    assert (stored["length"], by_recipe["sign"]["run"], by_recipe["bi-mamba"]["tokens"]) == (32, "mamba-2 rounded", 640)
+    scores = by_recipe["bi-mamba"]["results"]["held-out"]
+    # "the word was in the beginning" and the end of its line are seven words.
+    loss = math.log(scores["perplexity"]) * scores["tokens"]
+    assert math.log(scores["word_perplexity"]) * 140 == pytest.approx(loss, rel=0.02)
 
 
 def test_a_report_without_texts_has_what_was_measured_while_training(runs, tmp_path):

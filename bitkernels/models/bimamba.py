@@ -19,6 +19,7 @@ from bitkernels import (
     dense_linear,
     mamba2_in_step,
     mamba2_mixer,
+    mamba2_stack_step,
     mamba2_step,
     ssd_step,
 )
@@ -283,6 +284,17 @@ class Stack(nn.ModuleList):
     def __len__(self) -> int:
         return len(self.order)
 
+    def step_parameters(self) -> list[tuple[Tensor | None, ...]] | None:
+        """Of every position, those of ``mamba2_stack_step``; None where a projection is not packed."""
+        mixers = [layer.mixer for layer in self]
+        if not all(isinstance(p, PackedLinear) for m in mixers for p in (m.in_proj, m.out_proj)):
+            return None
+        return [
+            (layer.norm.weight, *m.in_proj.packed(), m.conv_weight, m.conv_bias, m.kept_A(), m.D, m.dt_bias,
+             m.norm_weight, *m.out_proj.packed())
+            for layer, m in zip(self, mixers, strict=True)
+        ]  # fmt: skip
+
     def __getitem__(self, position: int) -> Layer:
         return self._modules[str(self.order[position])]
 
@@ -434,10 +446,21 @@ class BiMambaForCausalLM(nn.Module):
             self._check_cache(ids, cache)
         hidden = self.embedding(ids)
         dtype, residual = hidden.dtype, hidden.float()
-        for i, (layer, conv, ssm) in enumerate(zip(self.layers, cache.conv, cache.ssm, strict=True)):
-            residual = layer.step(residual, dtype, conv, ssm, slots and slots.of_layer(i))
+        residual = self._step_layers(residual, dtype, cache, slots)
         cache.tokens += 1
         return self.next_logits(self.norm(residual, dtype))
+
+    def _step_layers(self, residual: Tensor, dtype: torch.dtype, cache: BiMambaCache, slots: Slots | None) -> Tensor:
+        # On a CPU the stack's step is that of its layers.
+        rounds_to_nearest = slots is None or slots.seed is None
+        parameters = self.layers.step_parameters() if residual.is_cuda and rounds_to_nearest else None
+        if parameters is not None:
+            eps, indices = self.config.norm_eps, slots and slots.indices
+            mamba2_stack_step(residual, parameters, cache.conv, cache.ssm, dtype, eps, eps, indices)
+            return residual
+        for i, (layer, conv, ssm) in enumerate(zip(self.layers, cache.conv, cache.ssm, strict=True)):
+            residual = layer.step(residual, dtype, conv, ssm, slots and slots.of_layer(i))
+        return residual
 
     def stream(
         self,

@@ -121,13 +121,15 @@ class BiMambaConfig:
         return cls(**values)
 
 
-# The sizes of the Bi-Mamba paper, that of the Slender-Mamba paper, and small ones to train on a CPU. The small
-# vocabularies are placeholders for that of the tokenizer trained with the model.
+# The sizes of the Bi-Mamba paper, that of the Slender-Mamba paper, that of docs/results.md and the model that ships,
+# and small ones to train on a CPU. The small vocabularies are placeholders for that of the tokenizer trained with the
+# model.
 CONFIGS = {
     "170m": BiMambaConfig(vocab_size=50288, d_model=768, n_layer=24, tie_embeddings=False),
     "780m": BiMambaConfig(vocab_size=32000, d_model=1536, n_layer=48, binarize="all"),
     "1.3b": BiMambaConfig(vocab_size=32000, d_model=2048, n_layer=48, binarize="all"),
     "2.7b": BiMambaConfig(vocab_size=32000, d_model=2560, n_layer=64, binarize="all"),
+    "22m": BiMambaConfig(vocab_size=4096, d_model=512, n_layer=12, binarize="all"),
     "tiny": BiMambaConfig(vocab_size=512, d_model=64, n_layer=2, headdim=16, d_state=16, binarize="all"),
     "demo": BiMambaConfig(vocab_size=512, d_model=192, n_layer=3, headdim=32, d_state=32, binarize="all"),
 }

@@ -1,7 +1,9 @@
-"""From runs to ``report.md`` and its pictures."""
+"""From runs to ``report.md``, its pictures, and ``report.json``."""
 
+import json
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -33,7 +35,7 @@ def write_report(
     tokens: int | None = None,
     post_training: bool = False,
 ) -> None:
-    """Writes ``report.md`` and PNG pictures to ``out``.
+    """Writes ``report.md``, PNG pictures, and the table of results as ``report.json`` to ``out``.
 
     Args:
         paths: of runs (see ``read_run``). The first full-precision one of a shape is what low-bit ones are compared to.
@@ -66,6 +68,15 @@ def write_report(
     ]
     with atomic_file(out / "report.md") as temporary:
         temporary.write_text("\n".join(parts))
+    write_rows(out / "report.json", [row.to_dict() for row in rows], device, length)
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]], device: torch.device, length: int) -> None:
+    """Rows of results (``Row.to_dict``) with what they depend on: the device, torch, and the tokens of a window."""
+    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    content = {"machine": machine, "torch": torch.__version__, "length": length, "rows": rows}
+    with atomic_file(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def _picture(title: str, file: str, text: str) -> list[str]:
@@ -85,7 +96,7 @@ def _loss(row: Row) -> float | None:
     """On the first text, or without texts the last that was measured while training. Not the training loss: those of
     several objectives cannot be compared."""
     if row.results:
-        return math.log(row.results[0].perplexity)
+        return math.log(next(iter(row.results.values())).perplexity)
     measured = row.run.curve("held_out_perplexity")[1] if row.recipe == row.run.recipe else []
     return math.log(measured[-1]) if measured else None
 

@@ -28,6 +28,11 @@ class Run:
             return None
         return self.training["steps"] * self.training["tokens_per_step"]
 
+    @property
+    def start_tokens(self) -> int:
+        """Tokens that the weights it started from had been trained on."""
+        return self.training.get("start_tokens", 0)
+
     def curve(self, value: str) -> tuple[list[int], list[float]]:
         """(tokens, values) of a metric, where it was reported."""
         lines = [line for line in self.metrics if value in line]

@@ -2,7 +2,8 @@
 
 import copy
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
@@ -55,16 +56,24 @@ class Row:
     bits: float
     parameters: int
     file_bytes: int | None  # None where the weights are on a grid that no packed format holds
-    results: list[Evaluation]
+    results: dict[str, Evaluation]  # by text
 
     def cells(self) -> list[str]:
-        tokens, seed = self.run.tokens, self.run.training.get("seed")
+        tokens, before, seed = self.run.tokens, self.run.start_tokens, self.run.training.get("seed")
+        read = "" if tokens is None else f"{before:,} + {tokens:,}" if before else f"{tokens:,}"
         size = "" if self.file_bytes is None else f"{self.file_bytes / 1e6:.2f}"
-        scores = [cell for r in self.results for cell in (f"{r.perplexity:.2f}", f"{r.bits_per_byte:.3f}")]
+        scores = [cell for r in self.results.values() for cell in (f"{r.perplexity:.2f}", f"{r.bits_per_byte:.3f}")]
         return [
-            self.recipe, self.name, "" if seed is None else str(seed), "" if tokens is None else f"{tokens:,}",
+            self.recipe, self.name, "" if seed is None else str(seed), read,
             f"{self.parameters:,}", f"{self.bits:.4g}", size, *scores,
         ]  # fmt: skip
+
+    def to_dict(self) -> dict[str, Any]:
+        """The row in types of JSON."""
+        values = {"recipe": self.recipe, "run": self.name}
+        values |= {"training": self.run.training, "tokens": self.run.tokens, "start_tokens": self.run.start_tokens}
+        values |= {"parameters": self.parameters, "parameter_bits": self.bits, "file_bytes": self.file_bytes}
+        return values | {"results": {text: asdict(result) for text, result in self.results.items()}}
 
 
 def rows_of(
@@ -78,7 +87,9 @@ def rows_of(
     def row(name: str, recipe: str, model: BiMambaForCausalLM) -> Row:
         bits, parameters, low_bit = parameter_bits(model), parameter_count(model), model.config.low_bit
         model = pack_(model) if low_bit else model
-        results = [evaluate_text(model, checkpoint.tokenizer, text, length, tokens) for text in texts.values()]
+        results = {
+            name: evaluate_text(model, checkpoint.tokenizer, text, length, tokens) for name, text in texts.items()
+        }
         rounded = any(hasattr(m, "weight_bits") for m in model.modules())
         size = None if rounded else packed_file_bytes(model)
         return Row(name, recipe, run, bits, parameters, size, results)

@@ -11,6 +11,9 @@ from torch import Tensor
 from bitkernels.data import encode
 from bitkernels.models import BiMambaForCausalLM
 
+# A word of several tokens can have a perplexity that no float holds.
+_LARGEST_LOG = 700.0
+
 
 @torch.no_grad()
 def perplexity(model: BiMambaForCausalLM, tokens: Tensor, length: int = 256, batch_size: int = 16) -> float:
@@ -43,14 +46,18 @@ def perplexity(model: BiMambaForCausalLM, tokens: Tensor, length: int = 256, bat
 class Evaluation:
     perplexity: float
     tokens: int
-    bits_per_byte: float  # does not depend on the tokenizer
+    bits_per_byte: float  # does not depend on the tokenizer, nor does the next
+    word_perplexity: float  # of the same loss shared out over words and ends of lines, as WikiText-2 counts them
 
 
 def evaluate_text(
     model: BiMambaForCausalLM, tokenizer: Tokenizer, text: str, length: int = 256, tokens: int | None = None
 ) -> Evaluation:
-    """Perplexity and bits per byte of ``text``, or of its first ``tokens`` predictions, in windows of ``length``."""
+    """Scores of ``text``, or of its first ``tokens`` predictions, in windows of ``length``."""
     ids = encode(tokenizer, text)[: None if tokens is None else tokens + 1]
     result = perplexity(model, ids, length)
-    read = len(tokenizer.decode(ids[1:].tolist()).encode())
-    return Evaluation(result, len(ids) - 1, math.log2(result) * (len(ids) - 1) / read)
+    loss = math.log(result) * (len(ids) - 1)
+    read = tokenizer.decode(ids[1:].tolist())
+    words = len(read.split()) + read.count("\n")
+    bits_per_byte = loss / math.log(2) / len(read.encode())
+    return Evaluation(result, len(ids) - 1, bits_per_byte, math.exp(min(loss / max(words, 1), _LARGEST_LOG)))

@@ -64,15 +64,21 @@ class Recipe:
         }
         return TrainConfig(steps, **{**own, **options})
 
-    def record(self, config: TrainConfig) -> dict[str, Any]:
-        """What a checkpoint says about its training."""
-        return {
+    def record(self, config: TrainConfig, start: dict[str, Any] | None = None) -> dict[str, Any]:
+        """What a checkpoint says about its training; ``start`` is what that of the weights it started from says."""
+        own = {
             "recipe": self.name,
             "steps": config.steps,
             "tokens_per_step": config.batch_size * config.length,
             "lr": config.lr,
             "seed": config.seed,
         }
+        return own if start is None else {**own, "start_tokens": tokens_read(start)}
+
+
+def tokens_read(training: dict[str, Any]) -> int:
+    """Tokens behind a checkpoint's weights, by its record: of its own training, and of what it started from."""
+    return training.get("start_tokens", 0) + training.get("steps", 0) * training.get("tokens_per_step", 0)
 
 
 _FULL_PRECISION = {

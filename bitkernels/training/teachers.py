@@ -3,8 +3,9 @@
 import hashlib
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ class Teacher:
     model: nn.Module
     tokenizer: Tokenizer
     vocab_size: int  # of the logits, which may be padded beyond the tokenizer's
+    training: dict[str, Any] = field(default_factory=dict)  # of a checkpoint of this package
 
 
 def load_teacher(path: str | Path, device: torch.device | str = "cpu") -> Teacher:
@@ -41,7 +43,8 @@ def load_teacher(path: str | Path, device: torch.device | str = "cpu") -> Teache
         checkpoint = load_checkpoint(path, device)
         if checkpoint.tokenizer is None:
             raise ValueError(f"{path}: a teacher needs its tokenizer in the checkpoint")
-        return Teacher(checkpoint.model, checkpoint.tokenizer, checkpoint.model.config.vocab_size)
+        vocab_size = checkpoint.model.config.vocab_size
+        return Teacher(checkpoint.model, checkpoint.tokenizer, vocab_size, checkpoint.training)
     if not (path / "tokenizer.json").is_file():
         raise ValueError(f"{path}: a teacher's folder needs a tokenizer.json")
     tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))

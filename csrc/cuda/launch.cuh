@@ -21,6 +21,8 @@ struct Grid {
   // Its blocks are to share processors with those of the kernel before. A processor divides its memory between shared
   // memory and cache anew only when it is idle, so all such kernels want the most shared memory.
   bool beside_previous = false;
+  // All blocks run at once, so that they can wait for each other; more than fit are an error.
+  bool together = false;
 };
 
 // Thrown here, because the CUDA runtime inside this library keeps errors that torch's runtime never sees.
@@ -51,7 +53,7 @@ void launch(void (*kernel)(Params...), const Grid& grid, cudaStream_t stream, co
   config.blockDim = dim3(grid.threads);
   config.dynamicSmemBytes = grid.shared_bytes;
   config.stream = stream;
-  cudaLaunchAttribute attributes[2] = {};
+  cudaLaunchAttribute attributes[3] = {};
   config.attrs = attributes;
   if (grid.overlaps_previous && device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9) {
     cudaLaunchAttribute& overlap = attributes[config.numAttrs++];
@@ -62,6 +64,11 @@ void launch(void (*kernel)(Params...), const Grid& grid, cudaStream_t stream, co
     cudaLaunchAttribute& cluster = attributes[config.numAttrs++];
     cluster.id = cudaLaunchAttributeClusterDimension;
     cluster.val.clusterDim = {static_cast<unsigned>(grid.cluster), 1, 1};
+  }
+  if (grid.together) {
+    cudaLaunchAttribute& together = attributes[config.numAttrs++];
+    together.id = cudaLaunchAttributeCooperative;
+    together.val.cooperative = 1;
   }
   check(cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...));
 }
