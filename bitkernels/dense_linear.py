@@ -32,8 +32,8 @@ def dense_linear(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tens
 def _(x, weight, scale=None):
     if (weight.dtype == torch.int8) != (scale is not None):
         raise ValueError(f"dense_linear: scale must be given where and only where weight is int8, got {weight.dtype}")
-    y = F.linear(x, weight.to(x.dtype))
-    return y if scale is None else (y * scale).to(x.dtype)
+    # Scaled first: sums of unscaled integers can be beyond fp16.
+    return F.linear(x, (weight if scale is None else weight * scale[:, None]).to(x.dtype))
 
 
 @torch.library.register_fake("bitkernels::dense_linear")

@@ -47,7 +47,8 @@ def mamba2_stack_step(
     Not differentiable.
 
     Raises:
-        ValueError: an argument's dtype, shape or device does not fit; the message names it.
+        ValueError: an argument's dtype, shape or device does not fit; the message names it. Where it is a layer's, the
+            layers before it have moved their states.
     """
     for i, layer in enumerate(parameters):
         if len(layer) != len(NAMES):
@@ -78,7 +79,7 @@ def _check(residual: Tensor, parameters: list[Tensor | None], conv_state: Tensor
     return layers
 
 
-def _layer_by_layer(
+def _run(
     residual: Tensor,
     parameters: list[Tensor | None],
     conv_state: Tensor,
@@ -88,34 +89,22 @@ def _layer_by_layer(
     out_eps: float = 1e-5,
     state_indices: Tensor | None = None,
 ) -> None:
-    for i in range(_check(residual, parameters, conv_state, ssm_state)):
+    """``bitkernels::mamba2_stack_step``."""
+    layers, options = _check(residual, parameters, conv_state, ssm_state), (dtype, in_eps, out_eps, state_indices)
+    run = torch.ops.bitkernels.mamba2_stack_step_hopper
+    if residual.is_cuda and _HAS_KERNEL and layers > 0 and run(residual, parameters, conv_state, ssm_state, *options):
+        return
+    for i in range(layers):
         own = parameters[i * len(NAMES) : (i + 1) * len(NAMES)]
         torch.ops.bitkernels.mamba2_step(
             residual, *own[:_BEFORE_CONV], conv_state[i], *own[_BEFORE_CONV:_BEFORE_SCAN], ssm_state[i],
-            *own[_BEFORE_SCAN:], dtype, in_eps, out_eps, state_indices,
+            *own[_BEFORE_SCAN:], *options,
         )  # fmt: skip
 
 
-def _on_cuda(
-    residual: Tensor,
-    parameters: list[Tensor | None],
-    conv_state: Tensor,
-    ssm_state: Tensor,
-    dtype: torch.dtype,
-    in_eps: float = 1e-5,
-    out_eps: float = 1e-5,
-    state_indices: Tensor | None = None,
-) -> None:
-    arguments = residual, parameters, conv_state, ssm_state, dtype, in_eps, out_eps, state_indices
-    if _check(*arguments[:4]) == 0:
-        return
-    if not (_HAS_KERNEL and torch.ops.bitkernels.mamba2_stack_step_hopper(*arguments)):
-        _layer_by_layer(*arguments)
-
-
 _HAS_KERNEL = torch._C._dispatch_has_kernel_for_dispatch_key("bitkernels::mamba2_stack_step_hopper", "CUDA")
-torch.library.impl("bitkernels::mamba2_stack_step", "CPU", _layer_by_layer)
-torch.library.impl("bitkernels::mamba2_stack_step", "CUDA", _on_cuda)
+for _key in ("CPU", "CUDA"):
+    torch.library.impl("bitkernels::mamba2_stack_step", _key, _run)
 
 
 @torch.library.register_fake("bitkernels::mamba2_stack_step")

@@ -1,6 +1,8 @@
-// mamba2_stack_step_hopper: whether the kernel can read the tensors as they are, and the call. What it does not take,
-// bitkernels/mamba2_stack_step.py, which checked the shapes of what is no parameter, does layer by layer.
+// mamba2_stack_step_hopper: whether the kernel can read the tensors as they are, and the call. What it cannot take, and
+// what does not fit together, bitkernels/mamba2_stack_step.py takes layer by layer, and those steps tell what is wrong.
 #include "cuda/mamba2_stack_step_hopper.h"
+
+#include <algorithm>
 
 #include "mixer.h"
 
@@ -9,8 +11,6 @@
 
 namespace bitkernels {
 namespace {
-
-constexpr const char* kOp = "mamba2_stack_step";
 
 // What a layer's parameters are, in the order of mamba2_step's arguments.
 enum Parameter {
@@ -32,39 +32,38 @@ enum Parameter {
   kParameters
 };
 
-// Of one layer, whose tensors the kernel can read as they are; otherwise `usable` turns false.
+// Reads the parameters of a layer; one that the kernel cannot read as it is turns `usable` false.
 class LayerReader {
  public:
   LayerReader(const std::optional<Tensor>* parameters, const Tensor& residual, bool& usable)
       : parameters_(parameters), residual_(residual), usable_(usable) {}
 
-  const void* read(Parameter i, const char* name, ScalarType dtype, int64_t count, bool optional) {
-    const std::optional<Tensor>& t = parameters_[i];
-    if (!t) {
-      check_argument(optional, kOp, ": ", name, " must be given");
-      return nullptr;
-    }
-    check_same_device(kOp, name, *t, residual_);
-    check_argument(t->numel() == count, kOp, ": ", name, " must have ", count, " elements, got ", shape(*t));
-    usable_ = usable_ && t->scalar_type() == dtype && t->is_contiguous();
-    return t->const_data_ptr();
+  const float* floats(Parameter i, std::initializer_list<int64_t> expected) {
+    return static_cast<const float*>(read(i, ScalarType::Float, shape_is(i, expected)));
   }
-  const float* floats(Parameter i, const char* name, int64_t count, bool optional = false) {
-    return static_cast<const float*>(read(i, name, ScalarType::Float, count, optional));
+  const float* floats_or_null(Parameter i, std::initializer_list<int64_t> expected) {
+    return parameters_[i] ? floats(i, expected) : nullptr;
   }
   // The kernel knows scales of columns alone.
-  const float* scale(Parameter i, const char* name, int64_t columns) {
-    const std::optional<Tensor>& t = parameters_[i];
-    usable_ = usable_ && t && t->dim() > 0 && t->size(-1) == columns;
-    return usable_ ? floats(i, name, columns) : nullptr;
+  const float* scale(Parameter i, int64_t columns) {
+    return static_cast<const float*>(read(i, ScalarType::Float, shape_is(i, {columns}) || shape_is(i, {1, columns})));
   }
-  const uint32_t* packed(Parameter i, const char* name, int64_t count) {
-    const void* data = read(i, name, ScalarType::UInt32, count, false);
+  const uint32_t* packed(Parameter i, std::initializer_list<int64_t> expected) {
+    const void* data = read(i, ScalarType::UInt32, shape_is(i, expected));
     usable_ = usable_ && reinterpret_cast<uintptr_t>(data) % 16 == 0;
     return static_cast<const uint32_t*>(data);
   }
 
  private:
+  bool shape_is(Parameter i, std::initializer_list<int64_t> expected) const {
+    return parameters_[i] && shape(*parameters_[i]) == Shape{expected};
+  }
+  const void* read(Parameter i, ScalarType dtype, bool fits) {
+    const std::optional<Tensor>& t = parameters_[i];
+    usable_ = usable_ && fits && t->scalar_type() == dtype && t->is_contiguous() && same_device(*t, residual_);
+    return usable_ ? t->const_data_ptr() : nullptr;
+  }
+
   const std::optional<Tensor>* parameters_;
   const Tensor& residual_;
   bool& usable_;
@@ -76,6 +75,14 @@ bool mamba2_stack_step_hopper(Tensor residual, std::vector<std::optional<Tensor>
                               const std::optional<Tensor>& state_indices) {
   const int64_t count = ssm_state.size(0), width = residual.size(1);
   if (residual.size(0) != 1 || count > cuda::kMostStackLayers || dtype != ScalarType::BFloat16) return false;
+  if (static_cast<int64_t>(layers.size()) != count * kParameters) return false;
+  // Without indices there is one state of each kind, and with them the pools may have spare ones.
+  const int64_t slots = std::min(conv_state.size(1), ssm_state.size(1));
+  if (state_indices) {
+    check_slots("mamba2_stack_step", "ssm_state", *state_indices, 1, slots, residual);
+  } else if (conv_state.size(1) != 1 || ssm_state.size(1) != 1) {
+    return false;
+  }
   for (const Tensor* t : {&residual, &conv_state, &ssm_state}) {
     if (t->scalar_type() != ScalarType::Float || t->size(-1) == 0 || t->stride(-1) != 1) return false;
   }
@@ -84,10 +91,10 @@ bool mamba2_stack_step_hopper(Tensor residual, std::vector<std::optional<Tensor>
   const int64_t taps = conv_state.size(2) + 1, channels = conv_state.size(3), inner = heads * head_dim;
   const int64_t groups = (channels - inner) / (2 * state), rows = inner + channels + heads;
   if (groups < 1 || inner + 2 * groups * state != channels) return false;
-  const std::optional<Tensor> slots = dense_integers(state_indices);
+  const std::optional<Tensor> indices = dense_integers(state_indices);
   cuda::StackStep step{.residual = static_cast<float*>(residual.mutable_data_ptr()),
-                       .state_indices = static_cast<const int64_t*>(data_or_null(slots)),
-                       .slots = ssm_state.size(1),
+                       .state_indices = static_cast<const int64_t*>(data_or_null(indices)),
+                       .slots = slots,
                        .conv_slot = conv_state.stride(1),
                        .conv_row = conv_state.stride(2),
                        .ssm_slot = ssm_state.stride(1),
@@ -106,21 +113,21 @@ bool mamba2_stack_step_hopper(Tensor residual, std::vector<std::optional<Tensor>
   for (int64_t i = 0; i < count; ++i) {
     LayerReader of(layers.data() + i * kParameters, residual, usable);
     step.layers[i] = {
-        .in_norm = of.floats(kInNorm, "in_norm", width),
-        .in_alpha = of.scale(kInAlpha, "in_alpha", width),
-        .in_beta = of.scale(kInBeta, "in_beta", width),
-        .in_bias = of.floats(kInBias, "in_bias", rows, true),
-        .conv_weight = of.floats(kConvWeight, "conv_weight", channels * taps),
-        .conv_bias = of.floats(kConvBias, "conv_bias", channels, true),
-        .A = of.floats(kA, "A", heads),
-        .D = of.floats(kD, "D", heads, true),
-        .dt_bias = of.floats(kDtBias, "dt_bias", heads, true),
-        .out_norm = of.floats(kOutNorm, "out_norm", inner),
-        .out_alpha = of.scale(kOutAlpha, "out_alpha", inner),
-        .out_beta = of.scale(kOutBeta, "out_beta", inner),
-        .out_bias = of.floats(kOutBias, "out_bias", width, true),
-        .in_packed = of.packed(kInPacked, "in_packed", rows * (width / 32)),
-        .out_packed = of.packed(kOutPacked, "out_packed", width * (inner / 32)),
+        .in_norm = of.floats(kInNorm, {width}),
+        .in_alpha = of.scale(kInAlpha, width),
+        .in_beta = of.scale(kInBeta, width),
+        .in_bias = of.floats_or_null(kInBias, {rows}),
+        .conv_weight = of.floats(kConvWeight, {channels, taps}),
+        .conv_bias = of.floats_or_null(kConvBias, {channels}),
+        .A = of.floats(kA, {heads}),
+        .D = of.floats_or_null(kD, {heads}),
+        .dt_bias = of.floats_or_null(kDtBias, {heads}),
+        .out_norm = of.floats(kOutNorm, {inner}),
+        .out_alpha = of.scale(kOutAlpha, inner),
+        .out_beta = of.scale(kOutBeta, inner),
+        .out_bias = of.floats_or_null(kOutBias, {width}),
+        .in_packed = of.packed(kInPacked, {rows, width / 32}),
+        .out_packed = of.packed(kOutPacked, {width, inner / 32}),
         .conv_state = static_cast<float*>(conv_state.mutable_data_ptr()) + i * conv_state.stride(0),
         .ssm_state = static_cast<float*>(ssm_state.mutable_data_ptr()) + i * ssm_state.stride(0),
     };

@@ -67,9 +67,12 @@ inline DType kernel_dtype(const char* op, const char* argument, ScalarType dtype
   }
 }
 
+inline bool same_device(const Tensor& t, const Tensor& x) {
+  return t.is_cuda() == x.is_cuda() && (!t.is_cuda() || t.get_device_index() == x.get_device_index());
+}
+
 inline void check_same_device(const char* op, const char* argument, const Tensor& t, const Tensor& x) {
-  check_argument(t.is_cuda() == x.is_cuda() && (!t.is_cuda() || t.get_device_index() == x.get_device_index()), op, ": ",
-                 argument, " must be on the device of the first argument");
+  check_argument(same_device(t, x), op, ": ", argument, " must be on the device of the first argument");
 }
 
 inline void check_dtype(const char* op, const char* argument, const Tensor& t, ScalarType expected) {

@@ -185,10 +185,7 @@ def test_compile(device):
     assert torch.equal(other["ssm_state"], given["ssm_state"])
 
 
-@pytest.mark.gpu
 def test_cuda_graph(device):
-    if device != "cuda":
-        pytest.skip("graphs are of CUDA")
     given = stack_inputs(KERNEL[1], device)
 
     def step(residual, conv_state, ssm_state):
@@ -196,7 +193,8 @@ def test_cuda_graph(device):
         bitkernels.mamba2_stack_step(own[0], given["parameters"], *own[1:], torch.bfloat16)
         return own[0]
 
-    check_cuda_graph(step, [given[name] for name in RESULTS])
+    if device == "cuda":
+        check_cuda_graph(step, [given[name] for name in RESULTS])
 
 
 @pytest.mark.parametrize(
@@ -206,7 +204,9 @@ def test_cuda_graph(device):
         ({"parameters": lambda v: [v[0][:-1], *v[1:]]}, r"parameters\[0\] must be 15 \(in_norm, .*\), got 14"),
         ({"parameters": lambda v: v[:2]}, r"conv_state must have the states of 2 layers, got 3"),
         ({"ssm_state": lambda v: v[:, 0]}, r"ssm_state must be \[L, B, H, P, N\], got \[3, 12, 64, 128\]"),
-        ({"parameters": lambda v: [[v[0][0][:-1], *v[0][1:]], *v[1:]]}, r"(in_norm|norm_weight) must .*384"),
+        ({"parameters": lambda v: [[v[0][0][:-1], *v[0][1:]], *v[1:]]}, r"norm_weight must be of shape \[384\]"),
+        ({"parameters": lambda v: [[*v[0][:5], v[0][5].T, *v[0][6:]], *v[1:]]}, r"conv_(weight|start|state) must"),
+        ({"conv_state": lambda v: torch.cat([v, v], 1)}, r"conv_state must be of shape \[1, 3, 1024\]"),
     ],
 )
 def test_errors(change, message, device):

@@ -283,7 +283,7 @@ __global__ void __launch_bounds__(kStackThreads, 1) stack_step_kernel(const __gr
   float* in_partial = reinterpret_cast<float*>(layers + a.count);  // [slice][row]
   float* out_partial = in_partial + in_slices * a.in_rows;
   float* zx = out_partial + out_slices * a.out_rows;  // z, then x, of the block's channels
-  float* params = zx + a.in_rows;                     // [layer's parity][parameter][thread]
+  float* params = zx + a.in_rows;                     // [layer's parity][parameter][row]
   const int params_of_layer = kInParams * a.in_rows + kStepParams * a.in_rows + kOutParams * a.out_rows;
 
   for (int i = thread; i < a.count * static_cast<int>(sizeof(StackLayer) / 8); i += kStackThreads) {
@@ -385,7 +385,7 @@ __global__ void __launch_bounds__(kStackThreads, 1) stack_step_kernel(const __gr
         bring(in_to, l.in_bias, in_row);
         if (in_row >= a.inner && common < sizes_at) {
           const int channel = in_row - a.inner;
-          bring(in_to + (1) * a.in_rows, l.conv_bias, channel);
+          bring(in_to + a.in_rows, l.conv_bias, channel);
 #pragma unroll
           for (int w = 0; w < kStackTaps; ++w) {
             if (w < a.taps) bring(in_to + (2 + w) * a.in_rows, l.conv_weight, channel * a.taps + w);
@@ -395,20 +395,23 @@ __global__ void __launch_bounds__(kStackThreads, 1) stack_step_kernel(const __gr
             }
           }
         } else if (common >= 0) {
-          bring(in_to + (1) * a.in_rows, l.dt_bias, common - sizes_at),
-              bring(in_to + (2) * a.in_rows, l.A, common - sizes_at);
+          bring(in_to + a.in_rows, l.dt_bias, common - sizes_at);
+          bring(in_to + 2 * a.in_rows, l.A, common - sizes_at);
         }
       }
       if (steps) {
         const int own_channel = 8 * (inner.first + warp);
-        bring(step_to, l.D, kept(shared.head[warp])), bring(step_to + 1 * a.in_rows, l.out_norm, own_channel + row);
-        bring(step_to + 2 * a.in_rows, l.out_alpha, own_channel + row),
-            bring(step_to + 3 * a.in_rows, l.out_beta, own_channel + row);
+        bring(step_to, l.D, kept(shared.head[warp]));
+        bring(step_to + a.in_rows, l.out_norm, own_channel + row);
+        bring(step_to + 2 * a.in_rows, l.out_alpha, own_channel + row);
+        bring(step_to + 3 * a.in_rows, l.out_beta, own_channel + row);
       }
       if (has_out) {
         const int out_row = 8 * (outer.first + warp) + row;
-        bring(out_to, l.in_norm, out_row), bring(out_to + 1 * a.out_rows, l.in_alpha, out_row);
-        bring(out_to + 2 * a.out_rows, l.in_beta, out_row), bring(out_to + 3 * a.out_rows, l.out_bias, out_row);
+        bring(out_to, l.in_norm, out_row);
+        bring(out_to + a.out_rows, l.in_alpha, out_row);
+        bring(out_to + 2 * a.out_rows, l.in_beta, out_row);
+        bring(out_to + 3 * a.out_rows, l.out_bias, out_row);
       }
     }
     commit_copies();
@@ -452,7 +455,8 @@ __global__ void __launch_bounds__(kStackThreads, 1) stack_step_kernel(const __gr
       // While all compute: what travels must not meet what is exchanged.
       wait_for(&a.in.sums[layer * in_octets].x);
       const int before = stage == 0 ? a.stages - 1 : stage - 1;
-      bring_states(layer - 1 + a.stages, before), bring_out(layer - 1 + a.stages, before);
+      bring_states(layer - 1 + a.stages, before);
+      bring_out(layer - 1 + a.stages, before);
     }
     if (warp < in_slices) {
       const int octet = layer * in_octets + min(thread, in_octets - 1);
@@ -524,7 +528,7 @@ __global__ void __launch_bounds__(kStackThreads, 1) stack_step_kernel(const __gr
       bool ready;
       do {
         b = load_exchanged(B_at), c = load_exchanged(C_at);
-        dt = load_exchanged(common_now + sizes_at + head),
+        dt = load_exchanged(common_now + sizes_at + head);
         decay = load_exchanged(common_now + sizes_at + a.heads + head);
         ready = written(b.x) && written(b.y) && written(b.z) && written(b.w) && written(c.x) && written(c.y) &&
                 written(c.z) && written(c.w) && written(__float_as_uint(dt)) && written(__float_as_uint(decay));
@@ -555,7 +559,10 @@ __global__ void __launch_bounds__(kStackThreads, 1) stack_step_kernel(const __gr
         for (int r = 0; r < 8; ++r) *reinterpret_cast<float4*>(to + r * a.state) = h[r];
       }
     }
-    if (brings) wait_for(common_now + sizes_at), bring_in(layer + a.stages, stage);
+    if (brings) {
+      wait_for(common_now + sizes_at);
+      bring_in(layer + a.stages, stage);
+    }
     __syncthreads();
     square = 0.0f;
     if (warp < out_slices) {
