@@ -33,7 +33,9 @@ def ternary_linear_ste(x: Tensor, weight: Tensor, bias: Tensor | None = None, ac
 def ternary_scale(weight: Tensor) -> Tensor:
     """``1/s = max(mean|W|, 1e-5)`` of a latent weight, shape [1], fp32 or wider."""
     wide = torch.promote_types(weight.dtype, torch.float32)
-    return (torch.linalg.vector_norm(weight, 1, dtype=wide) / weight.numel()).clamp(min=1e-5).reshape(1)
+    # By rows: on a CPU vector_norm adds up one number after the other, which in fp32 is wrong for millions.
+    rows = torch.linalg.vector_norm(weight, 1, dim=-1, dtype=wide)
+    return (rows.sum() / weight.numel()).clamp(min=1e-5).reshape(1)
 
 
 def quantize_ternary(weight: Tensor) -> tuple[Tensor, Tensor]:

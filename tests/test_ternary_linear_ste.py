@@ -47,6 +47,13 @@ def test_forward_is_the_packed_layer_to_the_bit(device):
     torch.testing.assert_close(scale, scale_ref)
 
 
+def test_scale_of_a_large_weight(device):
+    """The mean of millions of numbers, to the last digits: codes turn on it."""
+    weight = torch.randn(2048, 4096, device=device)
+    _, _, scale = torch.ops.bitkernels.ternary_linear_ste(weight[:1], weight, None, None)
+    torch.testing.assert_close(scale.cpu().double(), weight.double().abs().mean().cpu()[None], rtol=1e-6, atol=0)
+
+
 def test_noncontiguous(device):
     args = inputs(Case((40,), 50, 70, True), device, torch.float32)
     assert torch.equal(bitkernels.ternary_linear_ste(*map(noncontiguous, args)), bitkernels.ternary_linear_ste(*args))
