@@ -139,7 +139,13 @@ def memory_read(device: str = "cpu") -> Contender:
 
 
 def compare(
-    benchmark, device: str, ours: Contender, peers: list[Contender | Absent], flops: float, weight_bytes: int = 0
+    benchmark,
+    device: str,
+    ours: Contender,
+    peers: list[Contender | Absent],
+    flops: float,
+    weight_bytes: int = 0,
+    rounds: int | None = None,
 ) -> dict:
     """Times ours through pytest-benchmark, the peers between its rounds, and returns a row of results.
 
@@ -151,15 +157,15 @@ def compare(
     read = memory_read() if weight_bytes and device == "cpu" else None
     if read:
         others[read.name] = Rounds(read, device)
-    for rounds in (mine, *others.values()):  # a first round warms up
-        rounds.round()
-        rounds.times.clear()
+    for each in (mine, *others.values()):  # a first round warms up
+        each.round()
+        each.times.clear()
 
     def peers_round() -> None:
-        for rounds in others.values():
-            rounds.round()
+        for other in others.values():
+            other.round()
 
-    benchmark.pedantic(mine.round, setup=peers_round, rounds=20 if device == "cuda" else 5, iterations=1)
+    benchmark.pedantic(mine.round, setup=peers_round, rounds=rounds or (20 if device == "cuda" else 5), iterations=1)
     row = mine.summary()
     row["GB/s"] = round(ours.nbytes / row["us"] / 1e3, 1)
     row["TFLOP/s"] = round(flops / row["us"] / 1e6, 3)

@@ -189,7 +189,7 @@ class Engine:
             self.model.config.d_conv,
             self.device,
         )
-        ids = to_device(torch.cat([piece for _, piece in pieces])[None], self.device)
+        ids = to_device(torch.cat([piece for _, piece in pieces]), self.device)
         logits = self.model.prefill_packed(ids, packed, self._cache)
         # Only the last prompt of a chunk can be unfinished.
         if done := [request for request, _ in pieces if request.read == request.prompt.numel()]:

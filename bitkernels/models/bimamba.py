@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from bitkernels import (
+    add_rms_norm,
     causal_conv1d_step,
     dense_linear,
     mamba2_in_step,
@@ -71,35 +72,62 @@ class Slots(NamedTuple):
 
 
 class Packed(NamedTuple):
-    """S sequences in one row; the first may continue one that was read before, the others start."""
+    """Pieces of S sequences that are read at once: the rows of a batch where all are of one length, else one row.
 
-    cu_seqlens: Tensor  # int32 [S + 1]
+    In one row the first may continue a sequence that was read before; the others start.
+    """
+
     slots: Tensor  # int64 [S], the states of the cache; those of sequences that start are zero
+    states: Tensor | slice  # the same, as a slice where they follow each other: a view then, not a copy
+    # What follows is None where the pieces are rows.
+    cu_seqlens: Tensor | None = None  # int32 [S + 1]
     # The last W - 1 inputs of the convolution: where in the row they are, or in what was there before.
-    new: Tensor  # int64 [S, W - 1]
-    old: Tensor  # int64 [S, W - 1, 1]
-    is_old: Tensor  # bool [S, W - 1, 1]
+    new: Tensor | None = None  # int64 [S, W - 1]
+    old: Tensor | None = None  # int64 [S, W - 1, 1]
+    is_old: Tensor | None = None  # bool [S, W - 1, 1]
 
     @classmethod
     def of(cls, lengths: Sequence[int], slots: Sequence[int], d_conv: int, device: torch.device) -> "Packed":
-        """Sequences of ``lengths`` tokens each."""
+        """Pieces of ``lengths`` tokens each."""
+        first, count = slots[0], len(slots)
+        consecutive = list(slots) == list(range(first, first + count))
+        indices = to_device(torch.tensor(slots), device)
+        states = slice(first, first + count) if consecutive else indices
+        if len(set(lengths)) == 1:
+            return cls(indices, states)
         counts, width = torch.tensor(lengths), d_conv - 1
         ends = counts.cumsum(0)
         # Of W - 1 + length inputs the last W - 1.
         offset = torch.arange(width) + counts[:, None]
-        host = cls(
+        host = (
             F.pad(ends, (1, 0)).int(),
-            torch.tensor(slots),
             (offset - width + (ends - counts)[:, None]).clamp(min=0),
             offset.clamp(max=max(width - 1, 0))[..., None],
             (offset < width)[..., None],
         )
-        return cls(*(to_device(tensor, device) for tensor in host))
+        return cls(indices, states, *(to_device(tensor, device) for tensor in host))
+
+    def rows(self, tokens: Tensor) -> Tensor:
+        """The tokens of all pieces, one after another, as they are read: [S, T] or [1, T]."""
+        return tokens[None] if self.cu_seqlens is not None else tokens.view(len(self.slots), -1)
+
+    def last(self, hidden: Tensor) -> Tensor:
+        """Of what was computed for ``rows`` that of each piece's last token, [S, ...]."""
+        return hidden[:, -1] if self.cu_seqlens is None else hidden[0, self.cu_seqlens[1:] - 1]
 
     def conv_states(self, states: Tensor, xbc: Tensor) -> Tensor:
-        """``states`` [S, W - 1, C] moved on by each sequence's part of ``xbc`` [1, T, C]."""
+        """``states`` [S, W - 1, C] moved on by each piece's part of ``xbc`` [S, T, C] or [1, T, C]."""
+        if self.cu_seqlens is None:
+            return moved_on(states, xbc)
         read = xbc[0, self.new].to(states.dtype)
         return torch.where(self.is_old, states.gather(1, self.old.expand_as(states)), read)
+
+
+def moved_on(states: Tensor, xbc: Tensor) -> Tensor:
+    """The last W - 1 of ``states`` [B, W - 1, C] and ``xbc`` [B, T, C] after them."""
+    width = states.shape[1]
+    read = xbc[:, max(0, xbc.shape[1] - width) :].to(states.dtype)
+    return read if read.shape[1] == width else torch.cat([states, read], 1)[:, read.shape[1] :]
 
 
 def to_device(host: Tensor, device: torch.device) -> Tensor:
@@ -191,28 +219,22 @@ class Mixer(nn.Module):
         seq_idx: Tensor | None = None,  # int [B, T]
         conv_state: Tensor | None = None,  # [B, d_conv - 1, channels], updated in place
         ssm_state: Tensor | None = None,  # [B, H, P, N], updated in place
-        packed: Packed | None = None,  # several sequences in a batch of one; states are those of all slots
+        packed: Packed | None = None,  # what hidden holds; states are those of all slots
     ) -> Tensor:
         projected = self.in_proj(hidden)
-        dtype = projected.dtype
-        initial_conv, initial_ssm, cu_seqlens = conv_state, ssm_state, None
+        states, initial_conv, initial_ssm, cu_seqlens = slice(None), conv_state, ssm_state, None
         if packed is not None:
-            initial_conv, initial_ssm = conv_state[packed.slots], ssm_state[packed.slots]
-            cu_seqlens = packed.cu_seqlens
+            states, cu_seqlens = packed.states, packed.cu_seqlens
+            initial_conv, initial_ssm = conv_state[states], ssm_state[states]
         y, final = mamba2_mixer(
-            projected, self.conv_weight.to(dtype), self.conv_bias.to(dtype), self.dt_bias, self.A, self.D,
-            self.norm_weight.to(dtype), initial_conv, initial_ssm, seq_idx, cu_seqlens, self.config.ngroups,
+            projected, self.conv_weight, self.conv_bias, self.dt_bias, self.A if torch.is_grad_enabled() else self.kept_A(),
+            self.D, self.norm_weight, initial_conv, initial_ssm, seq_idx, cu_seqlens, self.config.ngroups,
             self.config.chunk_size, norm_eps=self.config.norm_eps, return_final_states=True,
         )  # fmt: skip
-        if packed is not None:
+        if conv_state is not None:
             xbc = self._split(projected)[1]
-            conv_state[packed.slots] = packed.conv_states(initial_conv, xbc)
-            ssm_state[packed.slots] = final.to(ssm_state.dtype)
-        elif conv_state is not None:
-            xbc = self._split(projected)[1]
-            read = xbc[:, max(0, xbc.shape[1] - conv_state.shape[1]) :].to(conv_state.dtype)
-            conv_state.copy_(torch.cat([conv_state, read], 1)[:, read.shape[1] :])
-            ssm_state.copy_(final)
+            conv_state[states] = (moved_on if packed is None else packed.conv_states)(initial_conv, xbc)
+            ssm_state[states] = final.to(ssm_state.dtype)
         return self.out_proj(y)
 
 
@@ -428,12 +450,14 @@ class BiMambaForCausalLM(nn.Module):
 
     @torch.no_grad()
     def prefill_packed(self, ids: Tensor, packed: Packed, cache: BiMambaCache) -> Tensor:
-        """Reads the tokens [1, T] of S sequences into their slots; returns the logits after each, [S, vocab_size]."""
-        hidden = self.embedding(ids)
-        dtype, residual = hidden.dtype, hidden.float()
+        """Reads pieces of S sequences, int [tokens], into their slots; returns the logits after each, [S, vocab_size]."""
+        hidden = self.embedding(packed.rows(ids))
+        dtype, residual, update = hidden.dtype, hidden.float(), None
         for layer, conv, ssm in zip(self.layers, cache.conv, cache.ssm, strict=True):
-            residual = residual + layer.mixer(layer.norm(residual, dtype), None, conv, ssm, packed).float()
-        return self.next_logits(self.norm(residual[0, packed.cu_seqlens[1:] - 1], dtype))
+            hidden = add_rms_norm(residual, update, layer.norm.weight, dtype, layer.norm.eps)
+            update = layer.mixer(hidden, None, conv, ssm, packed)
+        residual, update = packed.last(residual), packed.last(update)
+        return self.next_logits(add_rms_norm(residual, update, self.norm.weight, dtype, self.norm.eps))
 
     @torch.no_grad()
     def step(self, ids: Tensor, cache: BiMambaCache, slots: Slots | None = None) -> Tensor:
