@@ -2,8 +2,9 @@
 
 A contender is timed over copies of its inputs that together exceed the cache several times, so weights come
 from memory, as they do in a model. On a GPU the calls on all copies form one CUDA graph; its replays are timed
-with events. On a CPU they run one after the other and each is timed, so that a call that was interrupted is one
-sample and not a share of all. Rounds of the contenders alternate, so that a machine that slows down slows all of them.
+with events, unless the wall clock is meant. On a CPU they run one after the other and each is timed, so that a call
+that was interrupted is one sample and not a share of all. Rounds of the contenders alternate, so that a machine that
+slows down slows all of them.
 """
 
 import gc
@@ -36,11 +37,17 @@ Call = Callable[[], object]
 
 @dataclass
 class Contender:
-    """``make`` returns a call on fresh copies of its inputs, which together move ``nbytes``."""
+    """``make`` returns a call on fresh copies of its inputs, which together move ``nbytes``.
+
+    ``wall``: timed by the host's clock, also on a GPU, with whatever the host does. ``copies``: how many, where the
+    harness should not choose.
+    """
 
     name: str
     make: Callable[[], Call]
     nbytes: int
+    wall: bool = False
+    copies: int | None = None
 
 
 @dataclass
@@ -77,10 +84,13 @@ class Rounds:
     """Times a contender round by round; ``times`` holds the microseconds of one call."""
 
     def __init__(self, contender: Contender, device: str):
+        self.times: list[float] = []
+        if contender.wall:
+            self.calls, self.round = [contender.make()], self._wall_round
+            return
         copies = min(512, math.ceil(4 * cache_bytes(device) / contender.nbytes))
         copies = self._affordable(contender.make(), copies) if device == "cpu" else max(4, copies)
-        self.calls = [contender.make() for _ in range(copies)]
-        self.times: list[float] = []
+        self.calls = [contender.make() for _ in range(contender.copies or copies)]
         self.round = self._cpu_round if device == "cpu" else self._gpu_round
         if device == "cuda":
             self._capture()
@@ -125,6 +135,11 @@ class Rounds:
             begin = time.perf_counter()
             call()
             self.times.append(1e6 * (time.perf_counter() - begin))
+
+    def _wall_round(self) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self._cpu_round()
 
     def summary(self) -> dict:
         times = torch.tensor(self.times, dtype=torch.float64)

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from helpers import assert_close
+from soak import soak
 
 from bitkernels.inference import Engine, SamplingParams, plan_memory
 from bitkernels.inference import engine as engine_module
@@ -250,32 +251,12 @@ def test_generate_arguments(model):
         model.generate([[1]], GREEDY, top_k=2)
 
 
-def test_soak(model):
-    """Requests of random lengths and settings join, leave and are cancelled; greedy ones are checked."""
-    options = {"max_batch": 4, "prefill_chunk": 16, "batch_invariant": True}
-    engine, random = Engine(model, **options), torch.Generator().manual_seed(5)
-
-    def pick(*choices):
-        return choices[torch.randint(len(choices), (), generator=random)]
-
-    requests = []
-    for _ in range(40):
-        prompt = torch.randint(50, (pick(1, 2, 7, 16, 17, 50),), generator=random)
-        params = SamplingParams(
-            pick(1, 2, 9, 15), pick(0, 0, 0.7, 1.3), pick(None, 1, 8), pick(0.8, 1.0), pick(0.0, 0.1), pick(1.0, 1.2),
-            pick((), (3, 4)), seed=7,
-        )  # fmt: skip
-        requests.append(engine.submit(prompt, params))
-        for _ in range(pick(0, 1, 2, 5)):
-            engine.step()
-        if pick(*[False] * 7, True):
-            engine.cancel(pick(*requests))
-    finish(engine)
-    assert sorted(engine._free) == list(range(4))
-    for request in requests:
-        expected = alone(model, request.prompt, request.params, **options)
-        assert request.tokens == expected[: len(request.tokens)]
-        assert len(request.tokens) == len(expected) or request.finish_reason == "cancelled"
+@pytest.mark.parametrize("batch_invariant", [True, False])
+def test_soak(model, batch_invariant):
+    """The short form; tests/soak.py runs for minutes."""
+    result = soak(model, 40, longest=16, max_batch=4, prefill_chunk=16, batch_invariant=batch_invariant)
+    assert result.refused
+    assert result.equal > 10
 
 
 def settings(rows, temperature=1.0, top_k=4, top_p=1.0, min_p=0.0, penalty=1.0, device="cpu"):

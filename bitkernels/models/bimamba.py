@@ -226,10 +226,11 @@ class Mixer(nn.Module):
         if packed is not None:
             states, cu_seqlens = packed.states, packed.cu_seqlens
             initial_conv, initial_ssm = conv_state[states], ssm_state[states]
+        A = self.A if torch.is_grad_enabled() else self.kept_A()
         y, final = mamba2_mixer(
-            projected, self.conv_weight, self.conv_bias, self.dt_bias, self.A if torch.is_grad_enabled() else self.kept_A(),
-            self.D, self.norm_weight, initial_conv, initial_ssm, seq_idx, cu_seqlens, self.config.ngroups,
-            self.config.chunk_size, norm_eps=self.config.norm_eps, return_final_states=True,
+            projected, self.conv_weight, self.conv_bias, self.dt_bias, A, self.D, self.norm_weight, initial_conv,
+            initial_ssm, seq_idx, cu_seqlens, self.config.ngroups, self.config.chunk_size,
+            norm_eps=self.config.norm_eps, return_final_states=True,
         )  # fmt: skip
         if conv_state is not None:
             xbc = self._split(projected)[1]
@@ -450,7 +451,7 @@ class BiMambaForCausalLM(nn.Module):
 
     @torch.no_grad()
     def prefill_packed(self, ids: Tensor, packed: Packed, cache: BiMambaCache) -> Tensor:
-        """Reads pieces of S sequences, int [tokens], into their slots; returns the logits after each, [S, vocab_size]."""
+        """Reads pieces of S sequences, int [tokens], into their slots; returns the logits after each, [S, V]."""
         hidden = self.embedding(packed.rows(ids))
         dtype, residual, update = hidden.dtype, hidden.float(), None
         for layer, conv, ssm in zip(self.layers, cache.conv, cache.ssm, strict=True):
