@@ -28,7 +28,7 @@ def resident_megabytes(device: torch.device) -> float:
 
 @dataclass
 class Soak:
-    """What happened. ``growth`` is of memory, in MB, from when a quarter had passed to the end."""
+    """What happened. ``growth``: by how much the most memory of the last quarter exceeds that of the first half, MB."""
 
     requests: list[Request] = field(default_factory=list)
     refused: int = 0
@@ -72,7 +72,7 @@ def soak(
         )  # fmt: skip
 
     engine, out = Engine(model, **options), Soak()
-    begin, quarter = time.perf_counter(), None
+    begin, memory = time.perf_counter(), []
     while len(out.requests) < count or time.perf_counter() - begin < seconds:
         length = pick(1, 2, 7, longest // 3, longest, 3 * longest)
         prompt = torch.randint(vocabulary, (length,), generator=random)
@@ -89,13 +89,12 @@ def soak(
             _step(engine)
         if pick(*[False] * 7, True):
             engine.cancel(pick(*out.requests[-2 * engine.max_batch :]))
-        passed = max(len(out.requests) / count, (time.perf_counter() - begin) / seconds if seconds else 0)
-        if quarter is None and passed > 0.25:
-            quarter = resident_megabytes(device)
+        memory.append(resident_megabytes(device))
     while not engine.idle:
         _step(engine)
     out.seconds = time.perf_counter() - begin
-    out.growth = resident_megabytes(device) - quarter
+    memory.append(resident_megabytes(device))
+    out.growth = max(memory[len(memory) * 3 // 4 :]) - max(memory[: (len(memory) + 1) // 2])
     assert sorted(engine._free) == list(range(engine.max_batch)), "a slot was lost"
     assert all(request.finished for request in out.requests)
     _compare(engine, out, compared, options.get("batch_invariant", False))
