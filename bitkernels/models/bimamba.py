@@ -340,8 +340,10 @@ class BiMambaForCausalLM(nn.Module):
     def __init__(self, config: BiMambaConfig):
         super().__init__()
         self.config = config
-        self.embedding = (BitEmbedding if config.ternary_embedding else nn.Embedding)(config.vocab_size, config.d_model)
-        nn.init.normal_(self.embedding.weight, std=_EMBEDDING_STD)
+        rounded = Int8Embedding if config.int8_embedding else BitEmbedding if config.ternary_embedding else None
+        self.embedding = (rounded or nn.Embedding)(config.vocab_size, config.d_model)
+        if not config.int8_embedding:
+            nn.init.normal_(self.embedding.weight, std=_EMBEDDING_STD)
         self.layers = Stack(config)
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         self.head = None
@@ -384,13 +386,11 @@ class BiMambaForCausalLM(nn.Module):
         return self
 
     def round_embedding_(self) -> "BiMambaForCausalLM":
-        """Rounds a tied embedding to int8, in place: half the bytes that a decode step reads as its head.
-
-        For inference: it has no stored form, round after loading.
-        """
+        """Rounds a tied embedding to int8, for inference: half the bytes that a decode step reads as its head."""
         if self.head is not None or not isinstance(self.embedding, nn.Embedding):
             raise ValueError("round_embedding_: the embedding must be full-precision and tied to the head")
         self.embedding = Int8Embedding.from_embedding(self.embedding)
+        self.set_config_(self.config.replace(int8_embedding=True))
         return self
 
     def _dense(self) -> dict[str, nn.Module]:
