@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from helpers import assert_close
+from helpers import TOLERANCE, assert_close, rms_error
 from soak import soak
 
 from bitkernels.inference import Engine, SamplingParams, plan_memory
@@ -43,25 +43,45 @@ def greedy_by_forward(model, prompt, count):
     return ids[len(prompt) :].tolist()
 
 
-@pytest.mark.parametrize("chunk", [16, 1000])
-def test_logits_equal_one_forward_for_every_prompt_length(model, chunk, monkeypatch):
+@pytest.fixture
+def read(monkeypatch):
+    """What an engine computes where ``ids`` are read: the logits after the prompt and after what follows it."""
     seen = []
     monkeypatch.setattr(engine_module, "_DecodeGraphs", lambda engine: None)
-    monkeypatch.setattr(
-        engine_module.Sampler, "sample", lambda self, logits, slots, mode: seen.append(logits) or force(self, slots)
-    )
+
+    def logits(model, ids, length, chunk):
+        def force(sampler, found, slots, mode):
+            seen.append(found)
+            sampler.token[slots] = ids[sampler.position[slots].cpu()].to(sampler.token.device)
+            return sampler.token[slots]
+
+        seen.clear()
+        monkeypatch.setattr(engine_module.Sampler, "sample", force)
+        engine = Engine(model, max_batch=1, prefill_chunk=chunk)
+        finish(engine, engine.submit(ids[:length], SamplingParams(max_new_tokens=len(ids) - length)))
+        return torch.cat(seen)
+
+    return logits
+
+
+@pytest.mark.parametrize("chunk", [16, 1000])
+def test_logits_equal_one_forward_for_every_prompt_length(model, chunk, read):
     ids = torch.randint(50, (73,))
-
-    def force(sampler, slots):
-        sampler.token[slots] = ids[sampler.position[slots].cpu()].to(sampler.token.device)
-        return sampler.token[slots]
-
     full = model(ids[None].to(model.device))[0]
     for length in range(1, 71):
-        seen.clear()
-        engine = Engine(model, max_batch=1, prefill_chunk=chunk)
-        finish(engine, engine.submit(ids[:length], SamplingParams(max_new_tokens=3)))
-        assert_close(f"prompt {length}", torch.cat(seen), full[length - 1 : length + 2])
+        logits = read(model, ids[: length + 3], length, chunk)
+        assert_close(f"prompt {length}", logits, full[length - 1 : length + 2])
+
+
+def test_bf16_logits_are_as_accurate_as_one_bf16_forward(model, read):
+    ids = torch.randint(50, (73,))
+    model.set_activation_dtype_(torch.bfloat16).set_activation_dtype_(torch.float32)
+    exact = model(ids[None].to(model.device))[0]
+    model.set_activation_dtype_(torch.bfloat16)
+    limit = 1.1 * rms_error(model(ids[None].to(model.device))[0], exact)
+    for length in range(1, 71, 3):
+        error = rms_error(read(model, ids, length, 16), exact[length - 1 : -1])
+        assert error <= max(limit, TOLERANCE[torch.bfloat16]), f"prompt {length}: {error:.3g} above {limit:.3g}"
 
 
 def test_greedy_is_the_likeliest_of_one_forward(model):
