@@ -7,6 +7,7 @@ from torch import Tensor
 
 from bitkernels.triton import arguments
 from bitkernels.triton.elementwise import silu, silu_gradient
+from bitkernels.triton.launch import Launch, layout, planned
 from bitkernels.triton.mixer_arguments import check_like, check_norm
 
 # Strips of rows in the backward; each adds up its part of the weight's gradient.
@@ -101,19 +102,33 @@ def _rows(t: Tensor) -> Tensor:
     return t.reshape(-1, t.shape[-1])
 
 
+class NormPlan:
+    """Checks arguments and plans the launch for them; call: the norm."""
+
+    def __init__(self, x, z, weight, eps, group_size):
+        check_norm("gated_rms_norm", x, z, weight, group_size)
+        if x.numel() == 0:
+            return
+        D = x.shape[-1]
+        groups, options = _launch(D, group_size)
+        x, z = _rows(x), _rows(z)
+        self.launch = Launch(
+            gated_rms_norm_kernel, (x.shape[0], groups, 1), D, *x.stride(), *z.stride(), *weight.stride(), eps,
+            options.pop("GROUP"), options.pop("BLOCK"), **options,
+        )  # fmt: skip
+
+    def __call__(self, x, z, weight) -> Tensor:
+        y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        if x.numel() > 0:
+            self.launch(_rows(x), _rows(z), weight, y)
+        return y
+
+
 def gated_rms_norm(x: Tensor, z: Tensor, weight: Tensor, eps: float = 1e-5, group_size: int | None = None) -> Tensor:
     """``bitkernels::gated_rms_norm``."""
-    check_norm("gated_rms_norm", x, z, weight, group_size)
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    if x.numel() == 0:
-        return y
-    D = x.shape[-1]
-    groups, options = _launch(D, group_size)
-    x, z = _rows(x), _rows(z)
-    gated_rms_norm_kernel[(x.shape[0], groups)](
-        x, z, weight, y, D, *x.stride(), *z.stride(), *weight.stride(), eps, **options
-    )
-    return y
+    tensors = x, z, weight
+    key = "gated_rms_norm", eps, group_size, *map(layout, tensors)
+    return planned(key, lambda: NormPlan(*tensors, eps, group_size))(*tensors)
 
 
 def gated_rms_norm_backward(
