@@ -58,3 +58,16 @@ def test_every_operator_has_a_schema_with_a_fake():
     assert len(operators) >= 20
     for name in operators:
         assert torch._library.simple_registry.singleton.find(name).fake_impl.kernel is not None, name
+
+
+@pytest.mark.skipif(torch.backends.cuda.is_built(), reason="Triton is loaded to serve CUDA tensors")
+def test_generating_loads_no_compiler():
+    """Which would take seconds before the first token."""
+    code = """
+import sys
+from bitkernels.checkpoint import load_checkpoint
+from bitkernels.data import shipped_model
+next(load_checkpoint(shipped_model(), "cpu").model.stream([[1, 2, 3]], max_new_tokens=2))
+print([name for name in ("torch._dynamo", "torch._inductor", "sympy", "triton") if name in sys.modules])
+"""
+    assert run_python(code) == "[]"
