@@ -420,15 +420,6 @@ def gated_rms_norm(x: Tensor, z: Tensor, weight: Tensor, eps: float = 1e-5, grou
     return groups.flatten(-2) * weight
 
 
-def add_rms_norm(
-    residual: Tensor, update: Tensor | None, weight: Tensor, dtype: torch.dtype, eps: float = 1e-5
-) -> Tensor:
-    """Sum into the residual, in place, and its norm."""
-    if update is not None:
-        residual += update
-    return (residual / torch.sqrt(residual.square().mean(-1, keepdim=True) + eps) * weight).to(dtype)
-
-
 def distill_loss(
     hidden: Tensor,  # [..., K]
     head: Tensor,  # [V, K]

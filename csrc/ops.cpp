@@ -103,10 +103,6 @@ STABLE_TORCH_LIBRARY(bitkernels, m) {
       "gated_rms_norm_backward(Tensor dy, Tensor x, Tensor z, Tensor weight, float eps=1e-05, "
       "SymInt? group_size=None) -> (Tensor dx, Tensor dz, Tensor dweight)");
 
-  // The residual after a layer and the input of the next.
-  m.def(
-      "add_rms_norm(Tensor(a!) residual, Tensor? update, Tensor weight, ScalarType dtype, float eps=1e-05) -> Tensor");
-
   // Gradients are those of the sum over tokens, and empty tensors where they were not asked for.
   m.def(
       "distill_loss(Tensor hidden, Tensor head, Tensor? teacher_logits=None, Tensor? teacher_hidden=None, "

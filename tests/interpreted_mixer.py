@@ -7,7 +7,6 @@ import torch
 from helpers import TOLERANCE, assert_close, rms_error, wide
 
 from bitkernels import reference
-from bitkernels.triton import add_rms_norm as add_norm
 from bitkernels.triton import causal_conv1d as conv
 from bitkernels.triton import gated_rms_norm as norm
 from bitkernels.triton import ssd_scan as scan
@@ -258,16 +257,3 @@ def test_norm(shape, group_size, dtype):
     grads = norm.gated_rms_norm_backward(dy, x, z, weight, 1e-3, group_size)
     for name, grad, leaf in zip(("x", "z", "weight"), grads, leaves, strict=True):
         assert_close(f"gradient of {name}", grad, leaf.grad)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("shape", [(2, 3, 20), (7, 48), (9,), (0, 4)])
-def test_add_norm(shape, dtype):
-    residual = torch.randn(*shape, 2)[..., 0]
-    update, weight = torch.randn(*shape, 2).to(dtype)[..., 1], torch.randn(shape[-1])
-    sum_ref = residual.double()
-    y_ref = reference.add_rms_norm(sum_ref, update.double(), weight.double(), torch.float64, 1e-3)
-    assert_close("y", add_norm.add_rms_norm(residual, update, weight, dtype, 1e-3), y_ref)
-    assert_close("sum", residual, sum_ref)
-    again = add_norm.add_rms_norm(residual, None, weight, dtype, 1e-3)
-    assert_close("without an update", again, y_ref)

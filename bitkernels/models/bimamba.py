@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from bitkernels import (
-    add_rms_norm,
     causal_conv1d_step,
     dense_linear,
     mamba2_in_step,
@@ -145,6 +144,11 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.eps).to(dtype)
+
+    def after(self, residual: Tensor | None, branch: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The residual with a block's output, and its norm; None is the residual before the first."""
+        total = branch.float() if residual is None else residual + branch
+        return total, self(total, dtype)
 
 
 def _projection(config: BiMambaConfig, in_features: int, out_features: int, low_bit: bool) -> nn.Module:
@@ -452,13 +456,13 @@ class BiMambaForCausalLM(nn.Module):
     @torch.no_grad()
     def prefill_packed(self, ids: Tensor, packed: Packed, cache: BiMambaCache) -> Tensor:
         """Reads pieces of S sequences, int [tokens], into their slots; returns the logits after each, [S, V]."""
-        hidden = self.embedding(packed.rows(ids))
-        dtype, residual, update = hidden.dtype, hidden.float(), None
+        residual, branch = None, self.embedding(packed.rows(ids))
+        dtype = branch.dtype
         for layer, conv, ssm in zip(self.layers, cache.conv, cache.ssm, strict=True):
-            hidden = add_rms_norm(residual, update, layer.norm.weight, dtype, layer.norm.eps)
-            update = layer.mixer(hidden, None, conv, ssm, packed)
-        residual, update = packed.last(residual), packed.last(update)
-        return self.next_logits(add_rms_norm(residual, update, self.norm.weight, dtype, self.norm.eps))
+            residual, normed = layer.norm.after(residual, branch, dtype)
+            branch = layer.mixer(normed, None, conv, ssm, packed)
+        residual, branch = packed.last(residual), packed.last(branch)
+        return self.next_logits(self.norm.after(residual, branch, dtype)[1])
 
     @torch.no_grad()
     def step(self, ids: Tensor, cache: BiMambaCache, slots: Slots | None = None) -> Tensor:
