@@ -63,6 +63,18 @@ def mean(t: Tensor) -> Tensor:
     return t
 
 
+def average_gradients_(model: nn.Module) -> None:
+    """Makes each gradient its mean over the processes, in one all-reduce; they then are views of one tensor."""
+    if world_size() == 1:
+        return
+    own = [p for p in model.parameters() if p.grad is not None]
+    flat = torch.cat([p.grad.flatten() for p in own])
+    dist.all_reduce(flat)
+    flat /= world_size()
+    for p, gradient in zip(own, flat.split([p.numel() for p in own]), strict=True):
+        p.grad = gradient.view_as(p)
+
+
 def unique_mixers(model: BiMambaForCausalLM) -> list[nn.Module]:
     """The blocks in their order; one that layers share counts once."""
     return list(dict.fromkeys(layer.mixer for layer in model.layers))
