@@ -75,6 +75,21 @@ def average_gradients_(model: nn.Module) -> None:
         p.grad = gradient.view_as(p)
 
 
+def clip_gradients_(model: nn.Module, most: float) -> Tensor:
+    """Scales the gradients down to a norm of ``most``, over all processes; returns the norm that they had.
+
+    On the shards themselves: an operation on DTensors takes the host a while for each of them.
+    """
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    shards = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
+    square = torch.stack(torch._foreach_norm(shards)).square().sum()
+    if is_sharded(model):
+        dist.all_reduce(square)
+    norm = square.sqrt()
+    torch._foreach_mul_(shards, (most / (norm + 1e-6)).clamp(max=1.0))
+    return norm
+
+
 def unique_mixers(model: BiMambaForCausalLM) -> list[nn.Module]:
     """The blocks in their order; one that layers share counts once."""
     return list(dict.fromkeys(layer.mixer for layer in model.layers))

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from bitkernels.data import Batch, Tokens, Windows
@@ -21,6 +20,7 @@ from bitkernels.training.captured import CapturedStep
 from bitkernels.training.checkpoints import Checkpoints
 from bitkernels.training.distributed import (
     average_gradients_,
+    clip_gradients_,
     is_sharded,
     mean,
     rank,
@@ -237,7 +237,7 @@ def _update(
         total += loss.detach() / config.accumulation
     if not is_sharded(model):
         average_gradients_(model)
-    norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+    norm = clip_gradients_(model, config.clip)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return mean(total), norm.full_tensor() if isinstance(norm, DTensor) else norm
+    return mean(total), norm
