@@ -154,13 +154,38 @@ def alone(function, *args):
     return function(*args)
 
 
+def rows_of(name: str, config, B: int, T: int, ours: dict[str, dict], peers: dict[str, dict]) -> list[dict]:
+    """A row for each form of ours, by the suffix of its case."""
+    weights = sum(p.numel() for p in BiMambaForCausalLM.on_meta(config).parameters())
+    rows = []
+    for suffix, times in ours.items():
+        against = {
+            peer: row if "absent" in row else {**row, "speedup": round(row["us"] / times["us"], 2)}
+            for peer, row in peers.items()
+        }
+        memory = {
+            f"{who}, MB": row["peak, MB"] for who, row in {"bitkernels": times, **peers}.items() if "peak, MB" in row
+        }
+        rows.append({
+            "case": name + suffix, "shape": [B, T], "dtype": "bfloat16", **memory, **times,
+            "GB/s": 0.0, "TFLOP/s": round(6 * weights * B * T / times["us"] / 1e6, 3),
+            "tokens/s": round(1e6 * B * T / times["us"]), "peers": against, "headline": "peak, MB" in times,
+        })  # fmt: skip
+    return rows
+
+
+def peer_modules(device: str) -> list:
+    return [mamba_ssm(module, device, "") for module in ("modules.mamba2", "modules.block", "ops.triton.layer_norm")]
+
+
 def test_training_step(size, B, T, device, benchmark, record, peer_cases):
     config, name = CONFIGS[size], f"{size}, B={B}, T={T}"
-    ours = {"": benchmark.pedantic(alone, (run_ours, config, B, T, device, False), rounds=1)}
+    first, losses = benchmark.pedantic(alone, (run_ours, config, B, T, device, False), rounds=1)
+    ours = {"": first}
     if device == "cuda":
-        ours[", captured"] = alone(run_ours, config, B, T, device, True)
-        assert ours[", captured"][1] == pytest.approx(ours[""][1], rel=1e-3)
-    found = [mamba_ssm(module, device, "") for module in ("modules.mamba2", "modules.block", "ops.triton.layer_norm")]
+        ours[", captured"], captured_losses = alone(run_ours, config, B, T, device, True)
+        assert captured_losses == pytest.approx(losses, rel=1e-3)
+    found = peer_modules(device)
     absent = next((module for module in found if isinstance(module, str)), None)
     peers = {}
     for peer, simulated in (("mamba_ssm bf16", False), ("simulation", True)):
@@ -168,15 +193,5 @@ def test_training_step(size, B, T, device, benchmark, record, peer_cases):
             peers[peer] = {"absent": absent or "tunes itself"}
         else:
             peers[peer] = alone(run_peer, config, found, B, T, simulated)
-    weights = sum(p.numel() for p in BiMambaForCausalLM.on_meta(config).parameters())
-    for suffix, (times, _) in ours.items():
-        against = {
-            peer: row if "absent" in row else {**row, "speedup": round(row["us"] / times["us"], 2)}
-            for peer, row in peers.items()
-        }
-        memory = {f"{peer}, MB": row["peak, MB"] for peer, row in {"bitkernels": times, **peers}.items() if "us" in row and "peak, MB" in row}
-        record({
-            "case": name + suffix, "shape": [B, T], "dtype": "bfloat16", **memory, **times,
-            "GB/s": 0.0, "TFLOP/s": round(6 * weights * B * T / times["us"] / 1e6, 3),
-            "tokens/s": round(1e6 * B * T / times["us"]), "peers": against, "headline": device == "cuda",
-        })  # fmt: skip
+    for row in rows_of(name, config, B, T, ours, peers):
+        record(row)
