@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from bitkernels import (
+    add_rms_norm,
     causal_conv1d_step,
     dense_linear,
     mamba2_in_step,
@@ -25,6 +26,7 @@ from bitkernels import (
 )
 from bitkernels.models.config import BiMambaConfig
 from bitkernels.nn import BitEmbedding, BitLinear, FBILinear, Int8Embedding, PackedLinear
+from bitkernels.nn.common import activation_dtype
 from bitkernels.nn.convert import empty_packed_
 
 if TYPE_CHECKING:
@@ -147,8 +149,7 @@ class RMSNorm(nn.Module):
 
     def after(self, residual: Tensor | None, branch: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The residual with a block's output, and its norm; None is the residual before the first."""
-        total = branch.float() if residual is None else residual + branch
-        return total, self(total, dtype)
+        return add_rms_norm(residual, branch, self.weight, self.eps, dtype)
 
 
 def _projection(config: BiMambaConfig, in_features: int, out_features: int, low_bit: bool) -> nn.Module:
@@ -414,12 +415,13 @@ class BiMambaForCausalLM(nn.Module):
 
     def hidden_states(self, ids: Tensor, seq_idx: Tensor | None = None, cache: BiMambaCache | None = None) -> Tensor:
         """[B, T] -> the normalised output of the last layer, [B, T, d_model]."""
-        hidden = self.embedding(ids)
-        dtype, residual = hidden.dtype, hidden.float()
+        residual, branch = None, self.embedding(ids)
+        dtype = activation_dtype(branch)
         for i, layer in enumerate(self.layers):
             states = (None, None) if cache is None else (cache.conv[i], cache.ssm[i])
-            residual = residual + layer.mixer(layer.norm(residual, dtype), seq_idx, *states).float()
-        return self.norm(residual, dtype)
+            residual, normed = layer.norm.after(residual, branch, dtype)
+            branch = layer.mixer(normed, seq_idx, *states)
+        return self.norm.after(residual, branch, dtype)[1]
 
     def logits(self, hidden: Tensor) -> Tensor:
         if self.head is not None:

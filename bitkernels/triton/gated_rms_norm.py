@@ -10,8 +10,10 @@ from bitkernels.triton.elementwise import silu, silu_gradient
 from bitkernels.triton.launch import Launch, layout, planned
 from bitkernels.triton.mixer_arguments import check_like, check_norm
 
-# Strips of rows in the backward; each adds up its part of the weight's gradient.
-STRIPS = 512
+# Strips of rows in the backward, each of which adds up its part of the weight's gradient: six a multiprocessor of an
+# H200. A lane holds at most so many elements of a row.
+STRIPS = 792
+_LANE_ELEMENTS = 24
 
 
 @triton.jit
@@ -53,7 +55,7 @@ def gated_rms_norm_backward_kernel(
     p_z,  # [rows, D]
     p_weight,  # [D]
     p_dx,  # [rows, D] contiguous
-    p_dz,  # [rows, D] contiguous
+    p_dz,  # [rows, D]
     p_dweight,  # [strips, D] float32
     rows,
     D,
@@ -67,27 +69,43 @@ def gated_rms_norm_backward_kernel(
     eps,
     GROUP: tl.constexpr,
     BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr,
 ):
     i_strip = tl.program_id(0).to(tl.int64)
+    i_first = tl.program_id(1) * GROUP
     o_e = tl.arange(0, BLOCK)
-    m_e = o_e < GROUP
-    o_d = tl.program_id(1) * GROUP + o_e
-    weight = load_row(p_weight, o_d, m_e, stride_w_d)
-    dweight = tl.zeros([BLOCK], tl.float32)
+    dweight = ()
+    for _ in tl.static_range(0, BLOCKS):
+        dweight = dweight + (tl.zeros([BLOCK], tl.float32),)
     for i_m in range(i_strip, rows, tl.num_programs(0)):
-        dy = load_row(p_dy + i_m * stride_dy_m, o_d, m_e, stride_dy_d)
-        x = load_row(p_x + i_m * stride_x_m, o_d, m_e, stride_x_d)
-        z = load_row(p_z + i_m * stride_z_m, o_d, m_e, stride_z_d)
-        gate = silu(z)
-        g = x * gate
-        inverse = 1.0 / tl.sqrt(tl.sum(g * g, 0) / GROUP + eps)
-        normed = g * inverse
-        dweight += dy * normed
-        dnormed = dy * weight
-        dg = (dnormed - normed * (tl.sum(dnormed * normed, 0) / GROUP)) * inverse
-        tl.store(p_dx + i_m * D + o_d, (dg * gate).to(p_dx.dtype.element_ty), mask=m_e)
-        tl.store(p_dz + i_m * D + o_d, (dg * x * silu_gradient(z)).to(p_dz.dtype.element_ty), mask=m_e)
-    tl.store(p_dweight + i_strip * D + o_d, dweight, mask=m_e)
+        # Of each block of a row what is left to do when both of the row's sums are known.
+        b_dy, b_g, b_gate, b_slope = (), (), (), ()
+        square = tl.zeros([BLOCK], tl.float32)
+        along = square
+        for i in tl.static_range(0, BLOCKS):
+            o_d, m_e = i_first + i * BLOCK + o_e, i * BLOCK + o_e < GROUP
+            dy = load_row(p_dy + i_m * stride_dy_m, o_d, m_e, stride_dy_d)
+            x = load_row(p_x + i_m * stride_x_m, o_d, m_e, stride_x_d)
+            z = load_row(p_z + i_m * stride_z_m, o_d, m_e, stride_z_d)
+            gate = silu(z)
+            g = x * gate
+            square += g * g
+            along += dy * load_row(p_weight, o_d, m_e, stride_w_d) * g
+            b_dy, b_g, b_gate, b_slope = b_dy + (dy,), b_g + (g,), b_gate + (gate,), b_slope + (x * silu_gradient(z),)
+        inverse = 1.0 / tl.sqrt(tl.sum(square, 0) / GROUP + eps)
+        mean = tl.sum(along, 0) * inverse / GROUP
+        sums = ()
+        for i in tl.static_range(0, BLOCKS):
+            o_d, m_e = i_first + i * BLOCK + o_e, i * BLOCK + o_e < GROUP
+            normed = b_g[i] * inverse
+            sums = sums + (dweight[i] + b_dy[i] * normed,)
+            dg = (b_dy[i] * load_row(p_weight, o_d, m_e, stride_w_d) - normed * mean) * inverse
+            tl.store(p_dx + i_m * D + o_d, (dg * b_gate[i]).to(p_dx.dtype.element_ty), mask=m_e)
+            tl.store(p_dz + i_m * D + o_d, (dg * b_slope[i]).to(p_dz.dtype.element_ty), mask=m_e)
+        dweight = sums
+    for i in tl.static_range(0, BLOCKS):
+        o_d, m_e = i_first + i * BLOCK + o_e, i * BLOCK + o_e < GROUP
+        tl.store(p_dweight + i_strip * D + o_d, dweight[i], mask=m_e)
 
 
 def _launch(width: int, group_size: int | None) -> tuple[int, dict]:
@@ -95,6 +113,15 @@ def _launch(width: int, group_size: int | None) -> tuple[int, dict]:
     group = group_size or width
     block = triton.next_power_of_2(group)
     return width // group, {"GROUP": group, "BLOCK": block, "num_warps": min(16, max(1, block // 512))}
+
+
+def _backward_launch(width: int, group_size: int | None) -> tuple[int, dict]:
+    """The same in several blocks: a row's padding to a power of two would take registers, which are what is short."""
+    group = group_size or width
+    block = min(1024, triton.next_power_of_2(group))
+    warps = min(16, triton.next_power_of_2(triton.cdiv(group, _LANE_ELEMENTS * 32)))
+    blocks = triton.cdiv(group, block)
+    return width // group, {"GROUP": group, "BLOCK": block, "BLOCKS": blocks, "num_warps": warps}
 
 
 def _rows(t: Tensor) -> Tensor:
@@ -143,7 +170,7 @@ def gated_rms_norm_backward(
     D = x.shape[-1]
     if x.numel() == 0:
         return dx, dz, torch.zeros(D, dtype=torch.float32, device=x.device)
-    groups, options = _launch(D, group_size)
+    groups, options = _backward_launch(D, group_size)
     dy, x, z = _rows(dy), _rows(x), _rows(z)
     rows = x.shape[0]
     dweight = torch.empty(min(rows, STRIPS), D, dtype=torch.float32, device=x.device)
