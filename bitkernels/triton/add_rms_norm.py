@@ -5,9 +5,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bitkernels.add_rms_norm import check
 from bitkernels.triton import arguments
+from bitkernels.triton.arguments import check, check_shape
 from bitkernels.triton.gated_rms_norm import load_row
+from bitkernels.triton.mixer_arguments import check_activation, check_floating
 
 # Strips of rows in the backward; each adds up its part of the weight's gradient.
 STRIPS = 1024
@@ -80,7 +81,13 @@ def add_rms_norm(
     residual: Tensor | None, branch: Tensor, weight: Tensor, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """``bitkernels::add_rms_norm``."""
-    check("add_rms_norm", residual, branch, weight)
+    op = "add_rms_norm"
+    check_activation(op, "branch", branch)
+    check(branch.dim() >= 1, op, "branch must have at least one dimension")
+    check_floating(op, "weight", weight, branch, tuple(branch.shape[-1:]))
+    if residual is not None:
+        check(residual.dtype == torch.float32, op, f"residual must be torch.float32, got {residual.dtype}")
+        check_shape(op, "residual", residual, tuple(branch.shape))
     total = torch.empty(branch.shape, dtype=torch.float32, device=branch.device)
     normed = torch.empty(branch.shape, dtype=dtype, device=branch.device)
     if branch.numel():
