@@ -29,25 +29,25 @@ def add_rms_norm(
     return torch.ops.bitkernels.add_rms_norm(residual, branch, weight, eps, dtype or branch.dtype)
 
 
-def check(op: str, residual: Tensor | None, branch: Tensor, weight: Tensor) -> None:
+def _check(residual: Tensor | None, branch: Tensor, weight: Tensor) -> None:
     def require(holds: bool, message: str) -> None:
         if not holds:
-            raise ValueError(f"{op}: {message}")
+            raise ValueError(f"add_rms_norm: {message}")
 
     require(branch.dim() >= 1, "branch must have at least one dimension")
-    require(branch.is_floating_point(), f"branch must be of a floating-point type, got {branch.dtype}")
-    fits = weight.shape == branch.shape[-1:] and weight.is_floating_point()
-    require(fits, f"weight must be floating-point [{branch.shape[-1]}], got {weight.dtype} {list(weight.shape)}")
+    require(branch.is_floating_point(), f"branch must be float32, bfloat16 or float16, got {branch.dtype}")
+    shape = list(branch.shape)
+    require(weight.is_floating_point(), f"weight must be a floating-point tensor, got {weight.dtype}")
+    require(list(weight.shape) == shape[-1:], f"weight must be of shape {shape[-1:]}, got {list(weight.shape)}")
     if residual is not None:
         acc = acc_dtype(branch.dtype)
-        fits = residual.dtype == acc and residual.shape == branch.shape
-        expected, found = f"{acc} {list(branch.shape)}", f"{residual.dtype} {list(residual.shape)}"
-        require(fits, f"residual must be {expected}, got {found}")
+        require(residual.dtype == acc, f"residual must be {acc}, got {residual.dtype}")
+        require(list(residual.shape) == shape, f"residual must be of shape {shape}, got {list(residual.shape)}")
 
 
 @torch.library.impl("bitkernels::add_rms_norm", "CompositeExplicitAutograd")
 def _(residual, branch, weight, eps, dtype):
-    check("add_rms_norm", residual, branch, weight)
+    _check(residual, branch, weight)
     acc = acc_dtype(branch.dtype)
     total = branch.to(acc, copy=True) if residual is None else residual + branch
     return total, F.rms_norm(total, weight.shape, weight.to(acc), eps).to(dtype)
@@ -68,7 +68,7 @@ def _(dtotal, dnormed, total, weight, eps, branch_dtype):
 
 @torch.library.register_fake("bitkernels::add_rms_norm")
 def _(residual, branch, weight, eps, dtype):
-    check("add_rms_norm", residual, branch, weight)
+    _check(residual, branch, weight)
     return branch.new_empty(branch.shape, dtype=acc_dtype(branch.dtype)), branch.new_empty(branch.shape, dtype=dtype)
 
 

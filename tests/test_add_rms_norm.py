@@ -132,10 +132,10 @@ def test_cuda_graph():
 def test_errors(device):
     residual, branch, weight = inputs(CASES[3], device, torch.bfloat16)
     for args, message in (
-        ((residual.half(), branch, weight), "residual must be torch.float32"),
-        ((residual[:1], branch, weight), r"residual must be torch.float32 \[2, 3, 33\]"),
-        ((residual, branch, weight[:3]), r"weight must be floating-point \[33\]"),
-        ((residual, branch.int(), weight), "branch must be of a floating-point type"),
+        ((residual.half(), branch, weight), "residual must be torch.float32, got torch.float16"),
+        ((residual[:1], branch, weight), r"residual must be of shape \[2, 3, 33\], got \[1, 3, 33\]"),
+        ((residual, branch, weight[:3]), r"weight must be of shape \[33\], got \[3\]"),
+        ((residual, branch.int(), weight), "branch must be float32, bfloat16 or float16"),
     ):
         with pytest.raises(ValueError, match=f"add_rms_norm: {message}"):
             bitkernels.add_rms_norm(*args)

@@ -130,7 +130,8 @@ class Engine:
     def idle(self) -> bool:
         return not (self._waiting or self._running or self._drawn)
 
-    @torch.no_grad()
+    # Without what autograd of an operator costs at every call, which on a GPU takes as long as reading a prompt.
+    @torch.inference_mode()
     def step(self) -> list[tuple[Request, int]]:
         """One chunk of prompts and one token of each running request; returns the tokens that arrived meanwhile.
 

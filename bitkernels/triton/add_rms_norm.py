@@ -6,8 +6,10 @@ import triton.language as tl
 from torch import Tensor
 
 from bitkernels.triton import arguments
+from bitkernels.triton.arguments import check, check_shape
 from bitkernels.triton.gated_rms_norm import load_row
 from bitkernels.triton.launch import Launch, layout, planned
+from bitkernels.triton.mixer_arguments import check_activation, check_floating
 
 # Strips of rows in the backward; each adds up its part of the weight's gradient.
 STRIPS = 1024
@@ -80,9 +82,13 @@ class AddNormPlan:
     """Checks arguments and plans the launch for them; call: the sum and its norm."""
 
     def __init__(self, residual, branch, weight, eps):
-        from bitkernels.add_rms_norm import check  # which loads the operators, and they this module
-
-        check("add_rms_norm", residual, branch, weight)
+        op = "add_rms_norm"
+        check_activation(op, "branch", branch)
+        check(branch.dim() >= 1, op, "branch must have at least one dimension")
+        check_floating(op, "weight", weight, branch, tuple(branch.shape[-1:]))
+        if residual is not None:
+            check(residual.dtype == torch.float32, op, f"residual must be torch.float32, got {residual.dtype}")
+            check_shape(op, "residual", residual, tuple(branch.shape))
         if branch.numel():
             options = _block(branch.shape[-1])
             D, block = branch.shape[-1], options.pop("BLOCK")
