@@ -125,10 +125,18 @@ class Packed(NamedTuple):
 
 
 def moved_on(states: Tensor, xbc: Tensor) -> Tensor:
-    """The last W - 1 of ``states`` [B, W - 1, C] and ``xbc`` [B, T, C] after them."""
+    """The last W - 1 of ``states`` [B, W - 1, C] and ``xbc`` [B, T, C] after them, in either's type."""
     width = states.shape[1]
-    read = xbc[:, max(0, xbc.shape[1] - width) :].to(states.dtype)
-    return read if read.shape[1] == width else torch.cat([states, read], 1)[:, read.shape[1] :]
+    read = xbc[:, max(0, xbc.shape[1] - width) :]
+    return read if read.shape[1] == width else torch.cat([states, read.to(states.dtype)], 1)[:, read.shape[1] :]
+
+
+def store(states: Tensor, where: Tensor | slice, new: Tensor) -> None:
+    """``states[where] = new``, of any two types."""
+    if isinstance(where, slice):
+        states[where].copy_(new)  # casts as it copies
+    else:
+        states[where] = new.to(states.dtype)
 
 
 def to_device(host: Tensor, device: torch.device) -> Tensor:
@@ -239,8 +247,8 @@ class Mixer(nn.Module):
         )  # fmt: skip
         if conv_state is not None:
             xbc = self._split(projected)[1]
-            conv_state[states] = (moved_on if packed is None else packed.conv_states)(initial_conv, xbc)
-            ssm_state[states] = final.to(ssm_state.dtype)
+            store(conv_state, states, (moved_on if packed is None else packed.conv_states)(initial_conv, xbc))
+            store(ssm_state, states, final)
         return self.out_proj(y)
 
 
