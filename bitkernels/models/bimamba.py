@@ -24,6 +24,7 @@ from bitkernels import (
     mamba2_step,
     ssd_step,
 )
+from bitkernels.dense_linear import torch_is_slow
 from bitkernels.models.config import BiMambaConfig
 from bitkernels.nn import BitEmbedding, BitLinear, FBILinear, Int8Embedding, PackedLinear
 from bitkernels.nn.common import activation_dtype
@@ -441,7 +442,8 @@ class BiMambaForCausalLM(nn.Module):
     def next_logits(self, hidden: Tensor) -> Tensor:
         """``logits`` of a few tokens [B, d_model], without a gradient."""
         head = self.embedding if self.head is None else self.head
-        few = hidden.shape[0] <= _FEW_TOKENS and isinstance(head, nn.Embedding | nn.Linear)
+        few = hidden.shape[0] <= _FEW_TOKENS or torch_is_slow(hidden)
+        few = few and isinstance(head, nn.Embedding | nn.Linear)
         return dense_linear(hidden, head.weight) if few else self.logits(hidden)
 
     def forward(self, ids: Tensor, seq_idx: Tensor | None = None) -> Tensor:
