@@ -94,7 +94,12 @@ class Peer(nn.Module):
             mamba2.causal_conv1d_fn = convolution
         c = config
         mixer = partial(
-            mamba2.Mamba2, d_state=c.d_state, d_conv=c.d_conv, expand=c.expand, headdim=c.headdim, use_mem_eff_path=False
+            mamba2.Mamba2,
+            d_state=c.d_state,
+            d_conv=c.d_conv,
+            expand=c.expand,
+            headdim=c.headdim,
+            use_mem_eff_path=False,
         )
         norm = partial(self.norms.RMSNorm, eps=c.norm_eps)
         self.embedding = nn.Embedding(c.vocab_size, c.d_model)

@@ -41,9 +41,17 @@ def table(rows: list[dict]) -> list[str]:
     """One line a case; a peer's cell is its time and how many times ours is faster."""
     peers = list(dict.fromkeys(name for row in rows for name in row["peers"]))
     columns = (
-        "tokens/s", "read GB/s", "% of read", "bitkernels, MB", "F.linear, MB", "mamba_ssm bf16, MB", "simulation, MB",
-        "resident, MB", "with torch alone, MB", "allocated, MB",
-    )  # fmt: skip
+        "tokens/s",
+        "read GB/s",
+        "% of read",
+        "bitkernels, MB",
+        "F.linear, MB",
+        "mamba_ssm bf16, MB",
+        "simulation, MB",
+        "resident, MB",
+        "with torch alone, MB",
+        "allocated, MB",
+    )
     extra = [key for key in columns if any(key in row for row in rows)]
     header = ["case", "us", "p20-p80", "GB/s", "TFLOP/s", *extra, *(f"{name}, us" for name in peers)]
     lines = [f"| {' | '.join(header)} |", f"| --- |{' ---: |' * (len(header) - 1)}"]

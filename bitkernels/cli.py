@@ -268,7 +268,7 @@ def generate(
     top_k: Annotated[int | None, typer.Option(min=1, help="Draw from the k likeliest tokens.")] = None,
     top_p: Annotated[float, typer.Option(help="Draw from the likeliest that together reach p.")] = 0.9,
     min_p: Annotated[float, typer.Option(help="Draw from those of at least min_p times the likeliest.")] = 0.0,
-    repetition_penalty: Annotated[float, typer.Option(help="Divides the logits of tokens that occurred.")] = 1.0,
+    repetition_penalty: Annotated[float, typer.Option(help="Divides the logits of tokens that occurred.")] = 1.15,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same text.")] = None,
     dtype: Activations = Dtype.float32,
     state_dtype: StateDtype = Dtype.float32,

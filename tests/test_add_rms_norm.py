@@ -112,7 +112,10 @@ def test_same_bits_every_run(device):
 
 @pytest.mark.parametrize("case", [CASES[2], CASES[3]], ids=str)
 def test_opcheck(case, device):
-    opcheck(torch.ops.bitkernels.add_rms_norm, (*inputs(case, device, torch.bfloat16), 1e-5, torch.bfloat16))
+    residual, branch, weight = inputs(case, device, torch.bfloat16)
+    opcheck(torch.ops.bitkernels.add_rms_norm, (residual, branch, weight, 1e-5, torch.bfloat16))
+    args = (None, branch, branch.float(), weight, 1e-5, torch.bfloat16)
+    opcheck(torch.ops.bitkernels.add_rms_norm_backward, args, grad=False)
 
 
 @pytest.mark.parametrize("case", [CASES[2], CASES[3]], ids=str)

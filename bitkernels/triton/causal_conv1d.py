@@ -193,7 +193,7 @@ def causal_conv1d_backward_kernel(
     p_cu_seqlens,  # [S + 1] or None
     p_sequence,  # [strips] the sequence of each strip, or None
     p_first,  # [S + 1] the first strip of each sequence, or None
-    p_dx,  # [B, T, C] contiguous
+    p_dx,  # [B, T, C], channels dense
     p_dweight,  # [strips of all rows, WIDTH, C] float32
     p_dbias,  # [strips of all rows, C] float32, or None
     p_dinitial,  # [S, WIDTH - 1, C] contiguous, or None
@@ -205,6 +205,8 @@ def causal_conv1d_backward_kernel(
     stride_x_b,
     stride_x_t,
     stride_x_c,
+    stride_dx_b,
+    stride_dx_t,
     stride_w_c,
     stride_w_w,
     stride_bias_c,
@@ -232,7 +234,7 @@ def causal_conv1d_backward_kernel(
     high = tl.minimum(length - begin, STRIP + WIDTH).to(tl.int32)
     p_dy += i_b * stride_dy_b + (first + begin) * stride_dy_t
     p_x += i_b * stride_x_b + (first + begin) * stride_x_t
-    p_dx += (i_b * T + first + begin) * C
+    p_dx += i_b * stride_dx_b + (first + begin) * stride_dx_t
     if p_seq_idx is not None:
         p_seq_idx += i_b * stride_seq_b + (first + begin) * stride_seq_t
 
@@ -298,7 +300,7 @@ def causal_conv1d_backward_kernel(
                     later = tl.where(segments[back] == segments[WIDTH - 1], later, 0.0)
                 dx += later * weight[WIDTH - 1 - back]
             m_x = o_c < tl.where((l >= tl.maximum(low, 0)) & (l < tl.minimum(high, STRIP)), C, 0)
-            tl.store(p_dx + l * C + o_c, dx.to(p_dx.dtype.element_ty), mask=m_x)
+            tl.store(p_dx + l * stride_dx_t + o_c, dx.to(p_dx.dtype.element_ty), mask=m_x)
             if p_dinitial is not None:
                 o_h = (i_seq * (WIDTH - 1) + l - low + WIDTH - 1) * C + o_c
                 m_h = o_c < tl.where((l >= 0) & (l < low), C, 0)
@@ -424,15 +426,16 @@ def causal_conv1d_backward(
     seq_idx: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     silu: bool = True,
+    dx: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``bitkernels::causal_conv1d_backward``."""
+    """``bitkernels::causal_conv1d_backward``; ``dx`` is where that gradient is to be, perhaps a slice."""
     op = "causal_conv1d_backward"
     sequences = check_convolution(op, x, weight, bias, initial_state, seq_idx, cu_seqlens)
     check_like(op, "dy", dy, x, tuple(x.shape))
     T, C = x.shape[1:]
     width = weight.shape[1]
     fresh = {"dtype": torch.float32, "device": x.device}
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if dx is None else dx
     if initial_state is None:
         dinitial = torch.empty(0, **fresh)
     else:
@@ -448,7 +451,7 @@ def causal_conv1d_backward(
     causal_conv1d_backward_kernel[(strips, cdiv(C, STRIP_C), rows)](
         dy, x, weight, bias, initial_state, seq_idx, *table, dx, dweight, dbias,
         None if initial_state is None else dinitial, T, C,
-        *dy.stride(), *x.stride(), *_shared_strides(weight, bias, initial_state, seq_idx),
+        *dy.stride(), *x.stride(), *dx.stride()[:2], *_shared_strides(weight, bias, initial_state, seq_idx),
         WIDTH=width, SILU=silu, STRIP=STRIP, AT_ONCE=AT_ONCE, BLOCK_C=STRIP_C, num_warps=2,
     )  # fmt: skip
     return dx, dweight.sum(0).T.contiguous(), torch.empty(0, **fresh) if dbias is None else dbias.sum(0), dinitial

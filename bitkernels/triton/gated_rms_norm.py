@@ -73,6 +73,7 @@ def gated_rms_norm_backward_kernel(
     stride_x_d,
     stride_z_m,
     stride_z_d,
+    stride_dz_m,
     stride_w_d,
     eps,
     GROUP: tl.constexpr,
@@ -109,7 +110,7 @@ def gated_rms_norm_backward_kernel(
             sums = sums + (dweight[i] + b_dy[i] * normed,)
             dg = (b_dy[i] * load_row(p_weight, o_d, m_e, stride_w_d) - normed * mean) * inverse
             tl.store(p_dx + i_m * D + o_d, (dg * b_gate[i]).to(p_dx.dtype.element_ty), mask=m_e)
-            tl.store(p_dz + i_m * D + o_d, (dg * b_slope[i]).to(p_dz.dtype.element_ty), mask=m_e)
+            tl.store(p_dz + i_m * stride_dz_m + o_d, (dg * b_slope[i]).to(p_dz.dtype.element_ty), mask=m_e)
         dweight = sums
     for i in tl.static_range(0, BLOCKS):
         o_d, m_e = i_first + i * BLOCK + o_e, i * BLOCK + o_e < GROUP
@@ -171,24 +172,30 @@ def gated_rms_norm(x: Tensor, z: Tensor, weight: Tensor, eps: float = 1e-5, grou
 
 
 def gated_rms_norm_backward(
-    dy: Tensor, x: Tensor, z: Tensor, weight: Tensor, eps: float = 1e-5, group_size: int | None = None
+    dy: Tensor,
+    x: Tensor,
+    z: Tensor,
+    weight: Tensor,
+    eps: float = 1e-5,
+    group_size: int | None = None,
+    dz: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``bitkernels::gated_rms_norm_backward``."""
+    """``bitkernels::gated_rms_norm_backward``; ``dz`` is where that gradient is to be, perhaps a slice."""
     op = "gated_rms_norm_backward"
     check_norm(op, x, z, weight, group_size)
     check_like(op, "dy", dy, x, tuple(x.shape))
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    dz = torch.empty_like(dx)
+    dz = torch.empty_like(dx) if dz is None else dz
     D = x.shape[-1]
     if x.numel() == 0:
         return dx, dz, torch.zeros(D, dtype=torch.float32, device=x.device)
     groups, options = _backward_launch(D, group_size)
-    dy, x, z = _rows(dy), _rows(x), _rows(z)
+    dy, x, z, dz_rows = _rows(dy), _rows(x), _rows(z), dz.view(-1, D)
     rows = x.shape[0]
     dweight = torch.empty(min(rows, STRIPS), D, dtype=torch.float32, device=x.device)
     gated_rms_norm_backward_kernel[(dweight.shape[0], groups)](
-        dy, x, z, weight, dx, dz, dweight, rows, D,
-        *dy.stride(), *x.stride(), *z.stride(), *weight.stride(), eps, **options,
+        dy, x, z, weight, dx, dz_rows, dweight, rows, D,
+        *dy.stride(), *x.stride(), *z.stride(), dz_rows.stride(0), *weight.stride(), eps, **options,
     )  # fmt: skip
     return dx, dz, dweight.sum(0)
 
