@@ -58,6 +58,12 @@ STABLE_TORCH_LIBRARY(bitkernels, m) {
       "Tensor? seq_idx=None, Tensor? cu_seqlens=None, bool dt_softplus=False, float dt_min=0.0, "
       "float? dt_max=None, int chunk_size=64) -> (Tensor dx, Tensor ddt, Tensor dA, Tensor dB, Tensor dC, "
       "Tensor dD, Tensor dz, Tensor ddt_bias, Tensor dinitial_states)");
+  // The same for it: after the arguments the workspace, then the gradients.
+  m.def(
+      "ssd_scan_backward_hopper(Tensor dy, Tensor? dfinal_states, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, "
+      "Tensor? D, Tensor? dt_bias, Tensor? initial_states, bool dt_softplus, float dt_min, float? dt_max, "
+      "Tensor(a!) states, Tensor(b!) decays, Tensor(c!) head_sums, Tensor(d!)? parts, Tensor(e!) dx, Tensor(f!) ddt, "
+      "Tensor(g!) dA, Tensor(h!) dB, Tensor(i!) dC, Tensor(j!)? dD, Tensor(k!)? ddt_bias, Tensor(l!)? dinitial) -> ()");
   m.def(
       "ssd_step(Tensor(a!) state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D=None, "
       "Tensor? z=None, Tensor? dt_bias=None, bool dt_softplus=False, float dt_min=0.0, float? dt_max=None, "
