@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from bitkernels import _ops  # noqa: F401  (loads the operators)
+from bitkernels._autograd import register_autograd
 
 
 def ssd_scan(
@@ -119,4 +120,4 @@ def _backward(ctx, dy, dfinal_states):
     return *(g.to(t.dtype) if need else None for g, t, need in needed), *[None] * 6
 
 
-torch.library.register_autograd("bitkernels::ssd_scan", _backward, setup_context=_setup_context)
+register_autograd("ssd_scan", _backward, _setup_context)

@@ -1,4 +1,4 @@
-"""Which scans the CUDA C++ kernels for Hopper GPUs take (csrc/cuda/ssd_scan*_hopper.cu), and plans for theirs.
+"""Which scans the CUDA C++ kernels for Hopper GPUs take (csrc/cuda/ssd_scan*_hopper.cu), and how they divide them.
 
 They are built for 16-bit types, P = 64 and N = 64 or 128, know no ``seq_idx`` and ``cu_seqlens``, and their copy engine
 wants everything on 16-byte boundaries. They walk a head in one thread block from beginning to end: with heads for less
@@ -11,7 +11,7 @@ from torch import Tensor
 from bitkernels.triton.arguments import cdiv
 
 BLOCK_T = 64
-# Of states and their gradients: what is held at once as long as that is a sequence or more, and what a sequence may take.
+# Of states and their gradients: of sequences held at once, and of the longest sequence.
 STATE_BYTES = 2**28
 MAX_STATE_BYTES = 2**32
 # What a thread block of the gradients does before and after its heads, in heads.
@@ -58,42 +58,21 @@ def backward_on_hopper(dy, dfinal_states, x, dt, B, C, D, z, initial_states, seq
     return fits("ssd_scan_backward_hopper", x, B, (dy, x, B, C), (dfinal_states, initial_states))
 
 
-class HopperBackward:
-    """Plans the memory of the backward scan; call: the gradients."""
+def divide_backward(x: Tensor, B: Tensor) -> tuple[int, int]:
+    """Sequences whose states are held at once, and thread blocks over which the heads of a group are spread."""
+    batch, T, H, _ = x.shape
+    blocks, heads = cdiv(T, BLOCK_T) * B.shape[2], H // B.shape[2]
+    slots = torch.cuda.get_device_properties(x.device).multi_processor_count
 
-    def __init__(self, x: Tensor, B: Tensor, options: tuple):
-        self.options = options
-        batch, T, H, P = x.shape
-        G, N = B.shape[2:]
-        blocks = cdiv(T, BLOCK_T)
-        # Whole sequences, in parts of the batch as equal as can be.
-        rows = max(1, min(batch, STATE_BYTES // row_bytes(x, B)))
-        rows = cdiv(batch, cdiv(batch, rows))
-        slots = torch.cuda.get_device_properties(x.device).multi_processor_count
+    def time(division: tuple[int, int]) -> int:
+        """In heads: what a thread block goes through in each round."""
+        rows, splits = division
+        return cdiv(batch, rows) * cdiv(rows * blocks * splits, slots) * (cdiv(heads, splits) + AROUND_HEADS)
 
-        def time(splits: int) -> int:
-            """In heads, where the heads of a group are spread over thread blocks that each leave a sum."""
-            return cdiv(rows * blocks * G * splits, slots) * (cdiv(H // G, splits) + AROUND_HEADS)
-
-        splits = min(range(1, min(H // G, cdiv(2 * slots, rows * blocks * G)) + 1), key=time)
-        self.states = 2, rows, blocks, H, P, N
-        self.decays = rows, blocks, H, 3, BLOCK_T
-        self.head_sums = batch, blocks, H, 3
-        self.parts = (2, splits, *B.shape) if splits > 1 else None
-
-    def __call__(self, dy, dfinal_states, x, dt, A, B, C, D, dt_bias, initial_states) -> tuple[Tensor, ...]:
-        def fresh(shape, dtype=torch.float32):
-            return torch.empty(shape, dtype=dtype, device=x.device)
-
-        def like(t, dtype=torch.float32):
-            return None if t is None else fresh(t.shape, dtype)
-
-        dx, ddt, dA, dB, dC = like(x, x.dtype), like(dt, dt.dtype), like(A), like(B, B.dtype), like(C, C.dtype)
-        dD, ddt_bias, dinitial = like(D), like(dt_bias), like(initial_states)
-        parts = None if self.parts is None else fresh(self.parts)
-        torch.ops.bitkernels.ssd_scan_backward_hopper.default(
-            dy, dfinal_states, x, dt, A, B, C, D, dt_bias, initial_states, *self.options, fresh(self.states, x.dtype),
-            fresh(self.decays), fresh(self.head_sums), parts, dx, ddt, dA, dB, dC, dD, ddt_bias, dinitial,
-        )  # fmt: skip
-        given = dx, ddt, dA, dB, dC, dD, None, ddt_bias, dinitial
-        return tuple(fresh(0) if t is None else t for t in given)
+    most = max(1, min(batch, STATE_BYTES // row_bytes(x, B)))
+    choices = [
+        (rows, splits)
+        for rows in range(1, most + 1)
+        for splits in range(1, min(heads, cdiv(2 * slots, rows * blocks)) + 1)
+    ]
+    return min(choices, key=time)

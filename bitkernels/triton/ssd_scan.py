@@ -195,15 +195,14 @@ class ScanPlan:
         )  # fmt: skip
 
     def __call__(self, x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, cu_seqlens) -> tuple[Tensor, Tensor]:
+        if x.numel() > 0 and self.hopper:
+            scan = torch.ops.bitkernels.ssd_scan_hopper.default
+            return scan(x, dt, A, B, C, D, z, dt_bias, initial_states, *self.options)
         y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         final = torch.empty(self.final_shape, dtype=torch.float32, device=x.device)
         initial = None if initial_states is None else initial_states.contiguous()
         if x.numel() == 0:
             return y.zero_(), final.zero_() if initial is None else final.copy_(initial)
-        if self.hopper:
-            scan = torch.ops.bitkernels.ssd_scan_hopper.default
-            scan(x, dt, A, B, C, D, z, dt_bias, initial, *self.options, y, final)
-            return y, final
         x, B, C, z, seq_idx, cu_seqlens = dense_inputs(x, B, C, z, seq_idx, cu_seqlens)
         table = chunk_table(self.chunks, cu_seqlens)
         decays = self.decays(dt, A.contiguous(), None if dt_bias is None else dt_bias.contiguous(), table)

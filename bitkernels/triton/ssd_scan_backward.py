@@ -23,7 +23,7 @@ from bitkernels.triton.elementwise import silu, silu_gradient, step_options, ste
 from bitkernels.triton.launch import Launch, layout, planned
 from bitkernels.triton.mixer_arguments import check_floating, check_like, check_scan
 from bitkernels.triton.ssd_group_gradients import plan_group_gradients
-from bitkernels.triton.ssd_hopper import HopperBackward, backward_on_hopper
+from bitkernels.triton.ssd_hopper import backward_on_hopper, divide_backward
 from bitkernels.triton.ssd_states import (
     SLOTS,
     Decays,
@@ -283,9 +283,9 @@ class BackwardPlan:
         if x.numel() == 0:
             return
         dy = dense(dy)
-        self.hopper = None
-        if backward_on_hopper(dy, dfinal_states, x, dt, B, C, D, z, initial_states, seq_idx, cu_seqlens):
-            self.hopper = HopperBackward(x, B, (dt_softplus, dt_min, dt_max))
+        self.hopper = backward_on_hopper(dy, dfinal_states, x, dt, B, C, D, z, initial_states, seq_idx, cu_seqlens)
+        if self.hopper:
+            self.options = dt_softplus, dt_min, dt_max, *divide_backward(x, B)
             return
         x, B, C, z, seq_idx, cu_seqlens = dense_inputs(x, B, C, z, seq_idx, cu_seqlens)
         tile = scan_tile(x.dtype, P, N)
@@ -326,7 +326,8 @@ class BackwardPlan:
     ) -> tuple[Tensor, ...]:
         dy = dense(dy)
         if self.hopper:
-            return self.hopper(dy, dfinal_states, x, dt, A, B, C, D, dt_bias, initial_states)
+            scan = torch.ops.bitkernels.ssd_scan_backward_hopper.default
+            return scan(dy, dfinal_states, x, dt, A, B, C, D, dt_bias, initial_states, *self.options)
 
         def fresh(shape, dtype=torch.float32):
             return torch.empty(shape, dtype=dtype, device=x.device)

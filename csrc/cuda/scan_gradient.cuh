@@ -44,8 +44,8 @@ struct GradientPlace {
   static constexpr int kWeightBytes = kScanWarpgroup * 8 * sizeof(float4);
   static constexpr int kPlainBytes =
       kGradientStages * sizeof(ScanRows) + 2 * sizeof(HeadSums) + kWeightBytes + 8 * kBarriers;
-  static constexpr int kSharedBytes = 1024 + (kPlainBytes + 1023) / 1024 * 1024 + kGradientStages * kStageBytes +
-                                      2 * kStateBytes + 2 * kScanBoxBytes;
+  static constexpr int kSharedBytes =
+      1024 + (kPlainBytes + 1023) / 1024 * 1024 + kGradientStages * kStageBytes + 2 * kStateBytes + 2 * kScanBoxBytes;
 
   float4* CB;            // [8][128] (C B^T)^T, as the sums of a product
   ScanRows* rows;        // [stages]

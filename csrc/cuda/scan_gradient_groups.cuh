@@ -29,8 +29,8 @@ __device__ void group_gradients(const GradientPlace<N>& at, const GradientProble
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const float total = rows.total[row + 8 * half];
-      scale[half] = kOfC ? exp2_fast(total)
-                         : exp2_fast(rows.total[kScanTokens - 1] - total) * rows.step[row + 8 * half];
+      scale[half] =
+          kOfC ? exp2_fast(total) : exp2_fast(rows.total[kScanTokens - 1] - total) * rows.step[row + 8 * half];
     }
     const uint64_t left = wgmma_descriptor(stage + (kOfC ? Place::kDy : 0));
     float of_enter[2] = {}, both = 0.0f;

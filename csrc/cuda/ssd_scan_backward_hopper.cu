@@ -1,11 +1,10 @@
 // The backward SSD scan on Hopper, in two kernels and one that adds parts: the states before every block of 64 tokens
 // and the gradients of those after it, by walks through every head, and then all gradients of a block from them, all
 // blocks at once. See docs/kernels/ssd_scan.md.
-#include "ssd_scan_backward_hopper.h"
-
 #include "reduce.cuh"
 #include "scan_gradient_groups.cuh"
 #include "scan_gradient_pairs.cuh"
+#include "ssd_scan_backward_hopper.h"
 
 namespace bitkernels::cuda {
 
@@ -102,29 +101,53 @@ __global__ void __launch_bounds__(256) sum_parts_kernel(PartSums p) {
   }
 }
 
+// Where things are in the workspace.
+struct Workspace {
+  uint16_t *h, *dh;            // [rows, blocks, H, 64, N] in dtype: before every block, and after it
+  ScanRows* rows;              // [rows, blocks, H]
+  float* head_sums;            // [B, blocks, H, 3]: parts of dA, ddt_bias and dD
+  float *dB_parts, *dC_parts;  // [splits, B, T, G, N], if there are several
+  int64_t bytes;
+
+  explicit Workspace(const SsdScanBackward& s) {
+    const int64_t blocks = ceil_div(s.T, kScanTokens);
+    const int64_t states = s.rows * blocks * s.H * kHeaddim * s.N;
+    const int64_t parts = s.splits > 1 ? s.splits * s.batch * s.T * s.G * s.N : 0;
+    h = static_cast<uint16_t*>(s.workspace);
+    dh = h + states;
+    dB_parts = reinterpret_cast<float*>(dh + states);
+    dC_parts = dB_parts + parts;
+    rows = reinterpret_cast<ScanRows*>(dC_parts + parts);
+    head_sums = reinterpret_cast<float*>(rows + s.rows * blocks * s.H);
+    bytes = 2 * states * sizeof(uint16_t) + 2 * parts * sizeof(float) + s.rows * blocks * s.H * sizeof(ScanRows) +
+            s.batch * blocks * s.H * 3 * sizeof(float);
+  }
+};
+
+int64_t ssd_scan_backward_hopper_workspace(const SsdScanBackward& s) { return Workspace(s).bytes; }
+
 template <typename T, int N>
 void run_backward(const SsdScanBackward& s, cudaStream_t stream) {
+  const Workspace work(s);
   const int64_t blocks = ceil_div(s.T, kScanTokens);
   const auto map = [&](const ScanTensor& t, int64_t heads, int64_t columns, int tokens = kScanTokens) {
     return tokens_map<T>(t.data, {s.batch, s.T, heads, columns}, {t.batch, t.time, t.head}, tokens);
   };
   const CUtensorMap x = map(s.x, s.H, kHeaddim), dy = map(s.dy, s.H, kHeaddim);
   const CUtensorMap B = map(s.B, s.G, N), C = map(s.C, s.G, N);
-  const CUtensorMap dx =
-      map({s.dx, s.T * s.H * kHeaddim, s.H * kHeaddim, kHeaddim}, s.H, kHeaddim, kScanTokens / 4);
+  const CUtensorMap dx = map({s.dx, s.T * s.H * kHeaddim, s.H * kHeaddim, kHeaddim}, s.H, kHeaddim, kScanTokens / 4);
   const int64_t state_rows = s.rows * blocks * s.H * kHeaddim;
-  T* const h = static_cast<T*>(s.states);
-  T* const dh = h + state_rows * N;
   // Written by warps, sixteen rows each, read whole.
-  const CUtensorMap h_out = matrix_map<T>(h, state_rows, N, 16), dh_out = matrix_map<T>(dh, state_rows, N, 16);
-  const CUtensorMap h_in = matrix_map<T>(h, state_rows, N, 64), dh_in = matrix_map<T>(dh, state_rows, N, 64);
+  const auto states = [&](const void* of, int rows) { return matrix_map<T>(of, state_rows, N, rows); };
+  const CUtensorMap h_out = states(work.h, 16), dh_out = states(work.dh, 16);
+  const CUtensorMap h_in = states(work.h, 64), dh_in = states(work.dh, 64);
   WalkProblem w{.dt = s.dt.data,
                 .A = s.A,
                 .dt_bias = s.dt_bias,
                 .initial = s.initial,
                 .dfinal = s.dfinal,
                 .dinitial = s.dinitial,
-                .rows = reinterpret_cast<ScanRows*>(s.decays),
+                .rows = work.rows,
                 .dt_batch = s.dt.batch,
                 .dt_time = s.dt.time,
                 .dt_head = s.dt.head,
@@ -140,10 +163,10 @@ void run_backward(const SsdScanBackward& s, cudaStream_t stream) {
   GradientProblem g{.rows = w.rows,
                     .A = s.A,
                     .D = s.D,
-                    .head_sums = s.head_sums,
+                    .head_sums = work.head_sums,
                     .ddt = s.ddt,
-                    .dB = parts ? s.dB_parts : s.dB,
-                    .dC = parts ? s.dC_parts : s.dC,
+                    .dB = parts ? work.dB_parts : s.dB,
+                    .dC = parts ? work.dC_parts : s.dC,
                     .dt_dtype = s.dt_dtype,
                     .parts = parts,
                     .batch = s.batch,
@@ -165,9 +188,9 @@ void run_backward(const SsdScanBackward& s, cudaStream_t stream) {
                       .shared_bytes = GradientPlace<N>::kSharedBytes};
     launch(scan_gradient_kernel<T, N>, tokens, stream, x, dy, B, C, h_in, dh_in, dx, g);
   }
-  const PartSums sums{.head_sums = s.head_sums,
-                      .dB_parts = s.dB_parts,
-                      .dC_parts = s.dC_parts,
+  const PartSums sums{.head_sums = work.head_sums,
+                      .dB_parts = work.dB_parts,
+                      .dC_parts = work.dC_parts,
                       .dA = s.dA,
                       .ddt_bias = s.ddt_bias,
                       .dD = s.dD,
