@@ -37,10 +37,13 @@ def register_autograd(name: str, backward: Callable, setup_context: Callable) ->
             return *grads[:given], *[None] * (given - len(grads)), None
 
     Function.__name__ = Function.__qualname__ = f"{name}_autograd"
+    # What Function.apply does but for transforms of torch.func.
+    apply = super(torch.autograd.Function, Function).apply
 
     def kernel(keyset, *args):
         if torch.is_grad_enabled() and any_requires_grad(*args):
-            return Function.apply(*args, keyset)
+            transformed = torch._C._are_functorch_transforms_active()
+            return (Function.apply if transformed else apply)(*args, keyset)
         with below_autograd():
             return op.redispatch(keyset & after_autograd, *args)
 

@@ -3,6 +3,7 @@
 // the sequence is needed. See docs/kernels/ssd_scan.md.
 #pragma once
 
+#include "reduce.cuh"
 #include "scan_walk.cuh"
 
 namespace bitkernels::cuda {
@@ -40,25 +41,28 @@ struct GradientPlace {
   static constexpr int kH = 2 * kScanBoxBytes;
   static constexpr int kDh = kH + kStateBytes;
   static constexpr int kStageBytes = kDh + kStateBytes;
-  static constexpr int kBarriers = 2 * kGradientStages + 5;
+  static constexpr int kBarriers = 2 * kGradientStages + 7;
   static constexpr int kWeightBytes = kScanWarpgroup * 8 * sizeof(float4);
   static constexpr int kPlainBytes =
       kGradientStages * sizeof(ScanRows) + 2 * sizeof(HeadSums) + kWeightBytes + 8 * kBarriers;
   static constexpr int kSharedBytes =
-      1024 + (kPlainBytes + 1023) / 1024 * 1024 + kGradientStages * kStageBytes + 2 * kStateBytes + 2 * kScanBoxBytes;
+      1024 + (kPlainBytes + 1023) / 1024 * 1024 + kGradientStages * kStageBytes + 2 * kStateBytes + 3 * kScanBoxBytes;
 
-  float4* CB;            // [8][128] (C B^T)^T, as the sums of a product
-  ScanRows* rows;        // [stages]
-  HeadSums* sums;        // [2]
-  SharedAddress full;    // [stages] barriers: a head has landed
-  SharedAddress empty;   // [stages]: and was read
-  SharedAddress summed;  // [2]: sums of a head are there
-  SharedAddress added;   // [2]: and were read
-  SharedAddress ready;   // B and C have landed
-  SharedAddress stages;  // x, dy, h, dh as boxes of 64 columns
-  SharedAddress B, C;    // as boxes of 64 columns
-  SharedAddress out;     // [tokens, 64]: dx, in the end the gradient of (C B^T)^T
-  SharedAddress ones;    // [k, i]: one where i >= k
+  float4* CB;             // [8][128] (C B^T)^T, as the sums of a product
+  ScanRows* rows;         // [stages]
+  HeadSums* sums;         // [2]
+  SharedAddress full;     // [stages] barriers: a head has landed
+  SharedAddress empty;    // [stages]: and was read
+  SharedAddress summed;   // [2]: sums of a head are there
+  SharedAddress added;    // [2]: and were read
+  SharedAddress weighed;  // weights of a head are there
+  SharedAddress applied;  // and were read
+  SharedAddress ready;    // B and C have landed
+  SharedAddress stages;   // x, dy, h, dh as boxes of 64 columns
+  SharedAddress B, C;     // as boxes of 64 columns
+  SharedAddress out;      // [tokens, 64]: dx, in the end the gradient of (C B^T)^T
+  SharedAddress weights;  // [j, i] in 16 bits: (C B^T)^T * decay * dt
+  SharedAddress ones;     // [k, i]: one where i >= k
   int block, part_row, row, group, split, first_head, heads;
 
   __device__ GradientPlace(uint4* shared, const GradientProblem& p) {
@@ -69,12 +73,15 @@ struct GradientPlace {
     empty = full + 8 * kGradientStages;
     summed = empty + 8 * kGradientStages;
     added = summed + 16;
-    ready = added + 16;
+    weighed = added + 16;
+    applied = weighed + 8;
+    ready = applied + 8;
     stages = (ready + 8 + 1023) & ~1023u;
     B = stages + kGradientStages * kStageBytes;
     C = B + kStateBytes;
     out = C + kStateBytes;
-    ones = out + kScanBoxBytes;
+    weights = out + kScanBoxBytes;
+    ones = weights + kScanBoxBytes;
     block = static_cast<int>(blockIdx.x) % p.blocks;
     part_row = static_cast<int>(blockIdx.x) / p.blocks;
     row = p.first_row + part_row;
@@ -116,6 +123,11 @@ __device__ inline float row_sum(float v) {
   v += __shfl_xor_sync(0xffffffff, v, 1);
   return v + __shfl_xor_sync(0xffffffff, v, 2);
 }
+
+// Where a step of a product begins in an operand [64, N] whose rows are not summed over.
+__device__ constexpr int step_in_boxes(int k) { return (k / 4 * kScanBoxBytes + k % 4 * 32) / 16; }
+// And in one of which they are.
+__device__ constexpr int step_in_rows(int k) { return k * 16 * 128 / 16; }
 
 template <int N>
 __device__ void fetch_heads(const GradientPlace<N>& at, const GradientProblem& p, const CUtensorMap& x,

@@ -1,5 +1,5 @@
-// The warpgroup of the second kernel of the backward scan that takes the pairs of tokens of a block, and dx:
-// with S = x dy^T [j, i] and W = (C B^T) * decay * dt, dx = W dy + leave dt (dh B) + D dy.
+// The warpgroup of the second kernel of the backward scan that takes the pairs of tokens of a block: their weights
+// (C B^T)^T * decay * dt [j, i], of which x dy^T is the gradient.
 #pragma once
 
 #include "scan_gradient.cuh"
@@ -25,7 +25,7 @@ __device__ __forceinline__ void column_sums(float (&v)[16], int lane) {
 }
 
 template <typename T, int N>
-__device__ void pair_gradients(const GradientPlace<N>& at, const GradientProblem& p, const CUtensorMap& dx_map) {
+__device__ void pair_gradients(const GradientPlace<N>& at) {
   using Place = GradientPlace<N>;
   constexpr int kSteps = kScanTokens / 16;
   const int warp = uniform(threadIdx.x % kScanWarpgroup / 32), lane = threadIdx.x % 32;
@@ -33,17 +33,15 @@ __device__ void pair_gradients(const GradientPlace<N>& at, const GradientProblem
   const int row = 16 * warp + lane / 4;  // and row + 8
   const int tile_at = in_box(16 * warp + lane % 16, lane / 16);
   float4* const CB = at.CB + threadIdx.x % kScanWarpgroup;
-  const uint64_t B = wgmma_descriptor(at.B), ones = wgmma_descriptor(at.ones);
-  const auto step_of_state = [](int k) { return (k / 4 * kScanBoxBytes + k % 4 * 32) / 16; };
 
   barrier_wait(at.ready, 0);
   {
     float pairs[kScanTokens / 2];
-    const uint64_t C = wgmma_descriptor(at.C);
+    const uint64_t B = wgmma_descriptor(at.B), C = wgmma_descriptor(at.C);
     wgmma_fence();
 #pragma unroll
     for (int k = 0; k < N / 16; ++k) {
-      wgmma_shared<0, 0>(T(), pairs, B + step_of_state(k), C + step_of_state(k), k > 0);
+      wgmma_shared<0, 0>(T(), pairs, B + step_in_boxes(k), C + step_in_boxes(k), k > 0);
     }
     wgmma_commit();
     wgmma_wait<0>();
@@ -60,40 +58,44 @@ __device__ void pair_gradients(const GradientPlace<N>& at, const GradientProblem
     at.wait_full(n);
     const SharedAddress stage = at.stage(n);
     const ScanRows& rows = at.rows[n % kGradientStages];
-    float pairs[kScanTokens / 2], dx[kHeaddim / 2];
+    float pairs[kScanTokens / 2];
     const uint64_t X = wgmma_descriptor(stage), dY = wgmma_descriptor(stage + Place::kDy);
-    const uint64_t dH = wgmma_descriptor(stage + Place::kDh);
     wgmma_fence();
 #pragma unroll
-    for (int k = 0; k < kSteps; ++k) wgmma_shared<0, 0>(T(), pairs, X + 2 * k, dY + 2 * k, k > 0);
-    wgmma_commit();
-#pragma unroll
-    for (int k = 0; k < N / 16; ++k) {
-      wgmma_shared<0, 0>(T(), dx, B + step_of_state(k), dH + step_of_state(k), k > 0);
+    for (int k = 0; k < kSteps; ++k) {
+      wgmma_shared<0, 0>(T(), pairs, X + step_in_boxes(k), dY + step_in_boxes(k), k > 0);
     }
     wgmma_commit();
 
-    // Decays while the products run, zero for the outputs before a token.
+    // Decays and weights while the product runs, zero for the outputs before a token.
     const float total[2] = {rows.total[row], rows.total[row + 8]};
     const float step[2] = {rows.step[row], rows.step[row + 8]};
     float decay[kScanTokens / 2];
+    uint32_t weights[kScanTokens / 4];
 #pragma unroll
     for (int i = 0; i < kScanTokens / 8; ++i) {
       const float2 to = reinterpret_cast<const float2*>(rows.total)[4 * i + t];
+      const float4 four = CB[i * kScanWarpgroup];
+      const float cb[4] = {four.x, four.y, four.z, four.w};
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
+        const int e = 4 * i + 2 * half;
         const int reached = row + 8 * half - 2 * t;
-        decay[4 * i + 2 * half] = exp2_fast(reached <= 8 * i ? to.x - total[half] : -INFINITY);
-        decay[4 * i + 2 * half + 1] = exp2_fast(reached <= 8 * i + 1 ? to.y - total[half] : -INFINITY);
+        decay[e] = exp2_fast(reached <= 8 * i ? to.x - total[half] : -INFINITY);
+        decay[e + 1] = exp2_fast(reached <= 8 * i + 1 ? to.y - total[half] : -INFINITY);
+        weights[2 * i + half] =
+            pack_pair(T(), cb[2 * half] * decay[e] * step[half], cb[2 * half + 1] * decay[e + 1] * step[half]);
       }
     }
-    const float end = rows.total[kScanTokens - 1];
-    const float leave[2] = {exp2_fast(end - total[0]), exp2_fast(end - total[1])};
-    const float D = p.D ? p.D[at.first_head + n] : 0.0f;
+    barrier_wait(at.applied, n % 2 ^ 1);
+    store_boxes(at.weights, tile_at, weights);
+    copy_engine_fence();
+    __syncwarp();
+    if (lane == 0) barrier_arrive(at.weighed);
 
-    wgmma_wait<1>();
+    wgmma_wait<0>();
     pin(pairs);
-    uint32_t weights[kSteps][4];
+    at.release(n, lane);
     float of_step[2] = {};
 #pragma unroll
     for (int i = 0; i < kScanTokens / 8; ++i) {
@@ -101,58 +103,17 @@ __device__ void pair_gradients(const GradientPlace<N>& at, const GradientProblem
       const float cb[4] = {four.x, four.y, four.z, four.w};
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int e = 4 * i + 2 * half;
-        weights[i / 2][i % 2 * 2 + half] =
-            pack_pair(T(), cb[2 * half] * decay[e] * step[half], cb[2 * half + 1] * decay[e + 1] * step[half]);
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
-          const float gradient = pairs[e + c] * decay[e + c];
-          dCB[e + c] += gradient * step[half];
+          const int e = 4 * i + 2 * half + c;
+          const float gradient = pairs[e] * decay[e];
+          dCB[e] += gradient * step[half];
           const float weighted = gradient * cb[2 * half + c];
           of_step[half] += weighted;
-          pairs[e + c] = weighted * step[half];
+          pairs[e] = weighted * step[half];
         }
       }
     }
-    pin(dCB);  // at once: what it is made of takes registers
-
-    wgmma_wait<0>();
-    pin(dx);
-    float of_leave[2] = {}, skip = 0.0f;
-    const float scale[2] = {leave[0] * step[0], leave[1] * step[1]};
-#pragma unroll
-    for (int k = 0; k < kHeaddim / 16; ++k) {
-      uint32_t x[4], dy[4];
-      load_matrices((stage + tile_at) ^ k * 32, x);
-      load_matrices((stage + Place::kDy + tile_at) ^ k * 32, dy);
-#pragma unroll
-      for (int r = 0; r < 4; ++r) {
-        const float2 v = unpack_pair(T(), x[r]), w = unpack_pair(T(), dy[r]);
-        const int e = 8 * k + r / 2 * 4 + r % 2 * 2;
-        of_leave[r % 2] += v.x * dx[e] + v.y * dx[e + 1];
-        skip += v.x * w.x + v.y * w.y;
-        dx[e] = dx[e] * scale[r % 2] + D * w.x;
-        dx[e + 1] = dx[e + 1] * scale[r % 2] + D * w.y;
-      }
-    }
-    const uint64_t dY_rows = wgmma_rows_descriptor(stage + Place::kDy, kScanBoxBytes);
-    wgmma_fence();
-#pragma unroll
-    for (int k = 0; k < kSteps; ++k) wgmma_rows(T(), dx, weights[k], dY_rows + k * 16 * 128 / 16, 1);
-    wgmma_commit();
-
-    HeadSums& sums = at.wait_added(n);
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      of_step[half] = row_sum(of_step[half]);
-      of_leave[half] = row_sum(of_leave[half]) * leave[half];
-      if (t == 0) {
-        sums.pairs[row + 8 * half] = of_step[half];
-        sums.leave[row + 8 * half] = of_leave[half];
-      }
-    }
-    skip = warp_reduce(skip, Sum());
-    if (lane == 0) sums.skip[warp] = skip;
     // What of a weight's gradient crosses decay k is a product with ones: in two parts, which together are exact
     // enough for what does not come from products.
     uint32_t high[kSteps][4], low[kSteps][4];
@@ -163,30 +124,19 @@ __device__ void pair_gradients(const GradientPlace<N>& at, const GradientProblem
       high[i / 4][i % 4] = v;
       low[i / 4][i % 4] = pack_pair(bf16(), pairs[2 * i] - rounded.x, pairs[2 * i + 1] - rounded.y);
     }
-    wgmma_wait<0>();
-    pin(dx);
-    pin(weights);
-    at.release(n, lane);
+    const uint64_t ones = wgmma_descriptor(at.ones);
     float crossing[kScanTokens / 2];
     wgmma_fence();
 #pragma unroll
-    for (int k = 0; k < kSteps; ++k) wgmma(bf16(), crossing, high[k], ones + 2 * k, k > 0);
+    for (int k = 0; k < kSteps; ++k) wgmma(bf16(), crossing, high[k], ones + step_in_boxes(k), k > 0);
 #pragma unroll
-    for (int k = 0; k < kSteps; ++k) wgmma(bf16(), crossing, low[k], ones + 2 * k, 1);
+    for (int k = 0; k < kSteps; ++k) wgmma(bf16(), crossing, low[k], ones + step_in_boxes(k), 1);
     wgmma_commit();
-
-    // Every warp stores the gradients of its own tokens.
-    uint32_t packed[kHeaddim / 4];
+    HeadSums& sums = at.wait_added(n);
 #pragma unroll
-    for (int i = 0; i < kHeaddim / 4; ++i) packed[i] = pack_pair(T(), dx[2 * i], dx[2 * i + 1]);
-    if (lane == 0) wait_for_stores_to_read();
-    __syncwarp();
-    store_boxes(at.out, tile_at, packed);
-    copy_engine_fence();
-    __syncwarp();
-    if (lane == 0) {
-      store_tokens(&dx_map, at.out + 16 * warp * 128, 0, at.first_head + n, at.block * kScanTokens + 16 * warp, at.row);
-      commit_stores();
+    for (int half = 0; half < 2; ++half) {
+      const float v = row_sum(of_step[half]);
+      if (t == 0) sums.pairs[row + 8 * half] = v;
     }
     wgmma_wait<0>();
     pin(crossing);
@@ -210,9 +160,8 @@ __device__ void pair_gradients(const GradientPlace<N>& at, const GradientProblem
   uint32_t packed[kScanTokens / 4];
 #pragma unroll
   for (int i = 0; i < kScanTokens / 4; ++i) packed[i] = pack_pair(T(), dCB[2 * i], dCB[2 * i + 1]);
-  if (lane == 0) wait_for_stores();
-  __syncwarp();
-  store_boxes(at.out, tile_at, packed);
+  barrier_wait(at.applied, heads % 2 ^ 1);
+  store_boxes(at.weights, tile_at, packed);
   copy_engine_fence();
   named_barrier(1, 3 * kScanWarpgroup);
 }

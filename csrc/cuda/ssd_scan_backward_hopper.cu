@@ -27,6 +27,8 @@ __global__ void __launch_bounds__(kGradientThreads, 1)
       barrier_init(at.summed + 8 * i, kGradientWarps);
       barrier_init(at.added + 8 * i, 1);
     }
+    barrier_init(at.weighed, 4);
+    barrier_init(at.applied, 4);
     barrier_init(at.ready, 1);
     barrier_init_fence();
   }
@@ -48,14 +50,14 @@ __global__ void __launch_bounds__(kGradientThreads, 1)
       add_up(at, p, thread % 32);
     }
   } else if (group == 1) {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 184;");
-    pair_gradients<T, N>(at, p, dx);
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 144;");
+    pair_gradients<T, N>(at);
   } else if (group == 2) {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 136;");
-    group_gradients<T, N, true>(at, p);
+    enter_gradients<T, N>(at, p);
   } else {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 136;");
-    group_gradients<T, N, false>(at, p);
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 176;");
+    leave_gradients<T, N>(at, p, dx);
   }
 #endif
 }
