@@ -270,7 +270,7 @@ def test_gradients_of_many_heads(case, dtype, monkeypatch):
     spread = sensitivity(case, tensors, grads, dtype)
     x, dt, _, B, C, D, z, _, initial, *_ = tensors
     assert ssd_hopper.backward_on_hopper(*grads, x, dt, B, C, D, z, initial, None, None)
-    for state_bytes in (2**28, 1):
+    for state_bytes in (ssd_hopper.STATE_BYTES, 1):
         monkeypatch.setattr(ssd_hopper, "STATE_BYTES", state_bytes)
         monkeypatch.setattr(launch, "PLANS", {})
         results = torch.ops.bitkernels.ssd_scan_backward(*grads, *op_arguments(case, tensors))

@@ -12,7 +12,7 @@ from bitkernels.triton.arguments import cdiv
 
 BLOCK_T = 64
 # Of states and their gradients: of sequences held at once, and of the longest sequence.
-STATE_BYTES = 2**28
+STATE_BYTES = 2**27
 MAX_STATE_BYTES = 2**32
 # What a thread block of the gradients does before and after its heads, in heads.
 AROUND_HEADS = 2
