@@ -105,6 +105,18 @@ def _(
     )  # fmt: skip
 
 
+@torch.library.register_fake("bitkernels::ssd_scan_hopper")
+def _(x, dt, A, B, C, D, z, dt_bias, initial_states, dt_softplus, dt_min, dt_max):
+    return torch.ops.bitkernels.ssd_scan(x, dt, A, B, C, D, z, dt_bias, initial_states)
+
+
+@torch.library.register_fake("bitkernels::ssd_scan_backward_hopper")
+def _(
+    dy, dfinal_states, x, dt, A, B, C, D, dt_bias, initial_states, dt_softplus, dt_min, dt_max, rows, splits
+):  # fmt: skip
+    return torch.ops.bitkernels.ssd_scan_backward(dy, dfinal_states, x, dt, A, B, C, D, None, dt_bias, initial_states)
+
+
 def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(*inputs[:11])
     ctx.options = inputs[11:]
