@@ -71,6 +71,15 @@ __device__ inline void load_box(const CUtensorMap* map, SharedAddress to, Shared
       : "memory");
 }
 
+__device__ inline void load_box(const CUtensorMap* map, SharedAddress to, SharedAddress barrier, int column, int part,
+                                int row) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];" ::
+          "r"(to),
+      "l"(map), "r"(barrier), "r"(column), "r"(part), "r"(row)
+      : "memory");
+}
+
 // Consecutive bytes, a multiple of 16.
 __device__ inline void load_bytes(SharedAddress to, const void* from, int bytes, SharedAddress barrier) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),

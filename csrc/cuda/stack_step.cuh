@@ -36,7 +36,6 @@ constexpr int kStackTaps = 4;
 constexpr int kInParams = 2 + 2 * kStackTaps - 1;  // bias; bias, taps and earlier inputs of the convolution
 constexpr int kStepParams = 4;                     // D; norm, alpha and beta of the output
 constexpr int kOutParams = 4;                      // norm, alpha and beta of the layer's input; bias of the output
-constexpr uint32_t kFixedZero = 0x4b400000;        // what to_fixed() makes of zero
 constexpr uint32_t kUnwritten = 0xffffffff;
 
 // Activations on their way to a projection, of every layer: an octet of scaled values as bf16, and sums over it of
@@ -201,7 +200,7 @@ __device__ inline float multiply_slice(const uint4* values, const float2* sums, 
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
     fixed[i] = to_fixed<SignF16, 1>(v[i], per_unit);
-    fixed_sum += static_cast<int>(fixed[i] - kFixedZero);
+    fixed_sum += static_cast<int>(fixed[i] - kZeroOf<SignF16>);
   }
   to_planes(fixed, false, plane);
   __syncwarp();  // the planes of the projection before have been read
