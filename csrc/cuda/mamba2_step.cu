@@ -1,6 +1,6 @@
 // What lies on either side of the state in a decode step of the Mamba-2 block. A few tokens take one kernel on Hopper;
 // elsewhere the parts run one after the other.
-#include "fused_launch.cuh"
+#include "bit_launch.cuh"
 #include "reduce.cuh"
 
 namespace bitkernels::cuda {
@@ -160,6 +160,27 @@ bool run_fused_step(const Scales& all, const Weights& w, const StepOperands<kSte
   return true;
 }
 
+// More tokens: planes of bits made after the norm, and a product that adds to the residual. Up to as many as measured.
+constexpr int64_t kMostBitStepTokens = 128;
+
+template <typename T>
+bool run_bit_out_step(const Scales& all, const Weights& w, const NormedSum& step, void* workspace,
+                      cudaStream_t stream) {
+#ifdef BITKERNELS_SM90A
+  if constexpr (std::is_same_v<T, bf16>) {
+    const TokenSource& s = all.source;
+    if (s.M > kMostBitStepTokens || !bits_apply(s.M, s.K)) return false;
+    if (!fused_vectors<SignF16, T>(s, w) || !aligned(step.norm, 16)) return false;
+    const BitPlan plan = plan_bits<SignF16, T>(s.M, w.rows, s.K, device_attribute(cudaDevAttrMultiProcessorCount));
+    with_bit_tile<SignF16, T>(plan, [&](auto tile) {
+      run_bit_tile<SignF16, T, decltype(tile), true>(s, w, all.epilogue, step, workspace, stream);
+    });
+    return true;
+  }
+#endif
+  return false;
+}
+
 int64_t bytes_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
 int64_t aligned_bytes(int64_t bytes) { return ceil_div(bytes, 256) * 256; }
@@ -223,6 +244,7 @@ void mamba2_out_step(const Mamba2OutStep& p, Executor stream) {
   dispatch_float(linear.dtype, [&](auto t) {
     using T = decltype(t);
     if (run_fused_step<BlockStep::kOut, T>(s, w, o, stream)) return;
+    if (run_bit_out_step<T>(s, w, {o.norm, o.eps, residual}, linear.workspace, stream)) return;
     T* y =
         reinterpret_cast<T*>(static_cast<char*>(linear.workspace) + normalised_bytes(linear) + product_bytes(linear));
     normalise_and_multiply<T, T>(linear, p.norm_weight, p.eps, y, stream);
