@@ -33,7 +33,7 @@ CASES = [
     Case(2, 2, 16, 31, G=2, dt_bias=False),
     Case(2, 6, 32, 64, G=6, D="H"),
     Case(0, 2, 16, 16),
-    # So many rows that blocks stay on Hopper, with one piece a warp, some of two, and many.
+    # So many rows that a lane takes eight of them on a GPU; rows that are no power of two.
     Case(9, 16, 64, 128, D="H", z=True),
     Case(9, 32, 64, 60, G=2, D="HP", z=True),
     Case(64, 32, 64, 8, G=2, dt_bias=False),
