@@ -22,6 +22,7 @@
 #include "hopper.cuh"
 #include "mamba2_stack_step_hopper.h"
 #include "ptx.cuh"
+#include "reduce.cuh"
 #include "step.cuh"
 #include "tokens.cuh"
 
@@ -130,21 +131,6 @@ __device__ inline int lane_again() {
   int lane = threadIdx.x % 32;
   asm volatile("" : "+r"(lane));
   return lane;
-}
-
-// Of two values: the first goes to lanes that have bit `bit` clear, the second to the others, each summed over the two.
-template <typename T>
-__device__ T add_halves(T first, T second, int bit) {
-  const bool upper = threadIdx.x & bit;
-  const T other = __shfl_xor_sync(0xffffffff, upper ? first : second, bit);
-  return (upper ? second : first) + other;
-}
-
-template <typename T>
-__device__ T add_lanes(T v, int from, int below) {
-#pragma unroll
-  for (int bit = from; bit < below; bit *= 2) v += __shfl_xor_sync(0xffffffff, v, bit);
-  return v;
 }
 
 // Eight lanes, kStep apart, have an octet's values, the one of `row` being this lane's. By a whole warp.
