@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from bitkernels import _ops  # noqa: F401  (loads the operators)
+from bitkernels._autograd import register_autograd
 
 
 def ssd_scan(
@@ -104,6 +105,18 @@ def _(
     )  # fmt: skip
 
 
+@torch.library.register_fake("bitkernels::ssd_scan_hopper")
+def _(x, dt, A, B, C, D, z, dt_bias, initial_states, dt_softplus, dt_min, dt_max):
+    return torch.ops.bitkernels.ssd_scan(x, dt, A, B, C, D, z, dt_bias, initial_states)
+
+
+@torch.library.register_fake("bitkernels::ssd_scan_backward_hopper")
+def _(
+    dy, dfinal_states, x, dt, A, B, C, D, dt_bias, initial_states, dt_softplus, dt_min, dt_max, rows, splits
+):  # fmt: skip
+    return torch.ops.bitkernels.ssd_scan_backward(dy, dfinal_states, x, dt, A, B, C, D, None, dt_bias, initial_states)
+
+
 def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(*inputs[:11])
     ctx.options = inputs[11:]
@@ -119,4 +132,4 @@ def _backward(ctx, dy, dfinal_states):
     return *(g.to(t.dtype) if need else None for g, t, need in needed), *[None] * 6
 
 
-torch.library.register_autograd("bitkernels::ssd_scan", _backward, setup_context=_setup_context)
+register_autograd("ssd_scan", _backward, _setup_context)

@@ -73,6 +73,8 @@ struct ConvStep {
   int64_t first, channels, W;
 };
 
+struct SsdStep;  // mixer_kernels.h
+
 // The first part of a decode step of the Mamba-2 block: linear of the normalised residual, then the convolution.
 // Row m of the normalised x is x[m] / sqrt(mean(x[m]^2) + eps) * norm_weight.
 struct Mamba2InStep {
@@ -80,6 +82,7 @@ struct Mamba2InStep {
   const void* norm_weight;  // [K]
   double eps;
   ConvStep conv;
+  const SsdStep* next;  // the step that follows, or null: its states may be asked for early
 };
 int64_t mamba2_in_step_workspace(const Mamba2InStep&);
 void mamba2_in_step(const Mamba2InStep&, Executor);

@@ -116,6 +116,7 @@ void mamba2_step(Tensor residual, const Tensor& in_norm, const Tensor& in_packed
                                          .G = G,
                                          .N = N};
   const Launch launch(residual);
+  in.args.next = &step;
   in.run(projected, launch);
   BITKERNELS_BACKEND::ssd_step(step, launch);
   out.run(launch);

@@ -99,7 +99,8 @@ struct InStep {
                      .slots = conv_state.size(0),
                      .first = conv_start,
                      .channels = channels,
-                     .W = W}};
+                     .W = W},
+            .next = nullptr};
   }
 
   void run(Tensor& y, const Launch& launch) {

@@ -53,11 +53,10 @@ STABLE_TORCH_LIBRARY(bitkernels, m) {
       "Tensor? dt_bias=None, Tensor? initial_states=None, Tensor? seq_idx=None, Tensor? cu_seqlens=None, "
       "bool dt_softplus=False, float dt_min=0.0, float? dt_max=None, int chunk_size=64) -> "
       "(Tensor y, Tensor final_states)");
-  // What ssd_scan does on Hopper GPUs where bitkernels/triton/ssd_scan.py says so: written into y and final_states.
+  // What ssd_scan does on Hopper GPUs where bitkernels/triton/ssd_scan.py says so.
   m.def(
       "ssd_scan_hopper(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, "
-      "Tensor? initial_states, bool dt_softplus, float dt_min, float? dt_max, Tensor(a!) y, "
-      "Tensor(b!) final_states) -> ()");
+      "Tensor? initial_states, bool dt_softplus, float dt_min, float? dt_max) -> (Tensor y, Tensor final_states)");
   // The gradient of an argument that was not given is an empty tensor.
   m.def(
       "ssd_scan_backward(Tensor dy, Tensor? dfinal_states, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, "
@@ -65,6 +64,12 @@ STABLE_TORCH_LIBRARY(bitkernels, m) {
       "Tensor? seq_idx=None, Tensor? cu_seqlens=None, bool dt_softplus=False, float dt_min=0.0, "
       "float? dt_max=None, int chunk_size=64) -> (Tensor dx, Tensor ddt, Tensor dA, Tensor dB, Tensor dC, "
       "Tensor dD, Tensor dz, Tensor ddt_bias, Tensor dinitial_states)");
+  // The same for it: rows of the batch whose states are held at once, and thread blocks to spread a group's heads over.
+  m.def(
+      "ssd_scan_backward_hopper(Tensor dy, Tensor? dfinal_states, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, "
+      "Tensor? D, Tensor? dt_bias, Tensor? initial_states, bool dt_softplus, float dt_min, float? dt_max, int rows, "
+      "int splits) -> (Tensor dx, Tensor ddt, Tensor dA, Tensor dB, Tensor dC, Tensor dD, Tensor dz, "
+      "Tensor ddt_bias, Tensor dinitial_states)");
   m.def(
       "ssd_step(Tensor(a!) state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D=None, "
       "Tensor? z=None, Tensor? dt_bias=None, bool dt_softplus=False, float dt_min=0.0, float? dt_max=None, "

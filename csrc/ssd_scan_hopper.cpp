@@ -1,4 +1,4 @@
-// ssd_scan_hopper: allocation and dispatch. Arguments were checked by bitkernels/triton/ssd_scan.py, which calls it.
+// ssd_scan_hopper: allocation and launch. Arguments were checked by bitkernels/triton/ssd_scan.py, which calls it.
 #include "cuda/ssd_scan_hopper.h"
 
 #include <limits>
@@ -15,15 +15,18 @@ cuda::ScanTensor view(const Tensor& t) { return {t.const_data_ptr(), t.stride(0)
 
 const float* floats(const std::optional<Tensor>& t) { return static_cast<const float*>(data_or_null(t)); }
 
-void ssd_scan_hopper(const Tensor& x, const Tensor& dt, const Tensor& A, const Tensor& B, const Tensor& C,
-                     const std::optional<Tensor>& D, const std::optional<Tensor>& z,
-                     const std::optional<Tensor>& dt_bias, const std::optional<Tensor>& initial_states,
-                     bool dt_softplus, double dt_min, std::optional<double> dt_max, Tensor y, Tensor final_states) {
+std::tuple<Tensor, Tensor> ssd_scan_hopper(const Tensor& x, const Tensor& dt, const Tensor& A, const Tensor& B,
+                                           const Tensor& C, const std::optional<Tensor>& D,
+                                           const std::optional<Tensor>& z, const std::optional<Tensor>& dt_bias,
+                                           const std::optional<Tensor>& initial_states, bool dt_softplus, double dt_min,
+                                           std::optional<double> dt_max) {
   constexpr const char* op = "ssd_scan_hopper";
   const Tensor dtd = dt.scalar_type() == ScalarType::Double ? as_dtype(dt, ScalarType::Float) : dt;
   const Tensor Ad = as_dtype(A, ScalarType::Float);
   const std::optional<Tensor> Dd = as_dtype(D, ScalarType::Float), bias = as_dtype(dt_bias, ScalarType::Float),
                               initial = as_dtype(initial_states, ScalarType::Float);
+  Tensor y = torch::stable::new_empty(x, x.sizes());
+  Tensor final_states = torch::stable::new_empty(x, {x.size(0), x.size(2), x.size(3), B.size(3)}, ScalarType::Float);
   const Launch launch(x);
   cuda::ssd_scan_hopper({.x = view(x),
                          .B = view(B),
@@ -49,6 +52,7 @@ void ssd_scan_hopper(const Tensor& x, const Tensor& dt, const Tensor& A, const T
                          .G = B.size(2),
                          .N = B.size(3)},
                         launch);
+  return {y, final_states};
 }
 
 }  // namespace

@@ -37,6 +37,8 @@ CASES = [
     Case(8, 648, 640, 300, 340, bias=True),
     Case(8, 64, 256, 8, 16, W=6),
     Case(13, 96, 128, 32, 32),
+    Case(17, 456, 256, 40, 300, bias=True),
+    Case(130, 392, 256, 100, 270),
     Case(130, 136, 64, 40, 90, scales="row"),
     Case(0, 16, 32, 4, 8),
 ]
@@ -188,16 +190,29 @@ def test_step(layer, state_dtype, device):
     assert_close("ssm_state", given["ssm_state"], ref["ssm_state"], tolerance)
 
 
+# On Hopper the projections of the second are one kernel each, those of the third several.
+SMALL, FEW, MORE = Layer(3, 64, 4, 16, 2, 24), Layer(8, 256, 16, 64, 1, 128), Layer(9, 256, 32, 64, 2, 128)
+
+
+def some_slots(layer, device):
+    """One of them padding, of batch + 2."""
+    slots = torch.arange(layer.batch + 2).flip(0)[: layer.batch]
+    slots[1] = -1
+    return slots.to(device)
+
+
+@pytest.mark.parametrize("layer", [SMALL, FEW, MORE], ids=str)
 @pytest.mark.parametrize("stochastic", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_step_is_its_parts(dtype, stochastic, device):
+def test_step_is_its_parts(dtype, stochastic, layer, device):
     """To the bit, in slots of their own too."""
-    layer, acc = Layer(3, 64, 4, 16, 2, 24), torch.float32
-    given = layer_inputs(layer, device, dtype, dtype if stochastic else acc, slots=5)
-    slots = torch.tensor([4, -1, 2], device=device)
+    acc = torch.float32
+    given = layer_inputs(layer, device, dtype, dtype if stochastic else acc, slots=layer.batch + 2)
+    slots = some_slots(layer, device)
     seed = position = None
     if stochastic:
-        seed, position = torch.tensor([3, 4, 5], device=device), torch.tensor([7, 1, 2], device=device)
+        seed = torch.arange(layer.batch, device=device) + 3
+        position = seed.flip(0)
     own = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in given.items()}
     bitkernels.mamba2_step(**given, dtype=dtype, state_indices=slots, seed=seed, position=position)
 
@@ -219,6 +234,35 @@ def test_step_is_its_parts(dtype, stochastic, device):
     )  # fmt: skip
     for name in ("residual", "conv_state", "ssm_state"):
         assert torch.equal(given[name], own[name]), name
+
+
+@pytest.mark.parametrize("layer", [FEW, MORE], ids=str)
+@pytest.mark.parametrize("state_dtype", DTYPES, ids=str)
+def test_steps_without_a_pause(state_dtype, layer, device):
+    """A step finds what the one right before it left: the same bits as with a pause between them."""
+    steps, slots = 12, some_slots(layer, device)
+    given = layer_inputs(layer, device, torch.bfloat16, state_dtype, slots=layer.batch + 2)
+    paused = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in given.items()}
+
+    def step(own):
+        bitkernels.mamba2_step(**own, dtype=torch.bfloat16, state_indices=slots)
+
+    for _ in range(steps):
+        step(paused)
+        if device == "cuda":
+            torch.cuda.synchronize()
+    if device == "cuda":
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(steps):
+                step(given)
+        graph.replay()
+    else:
+        for _ in range(steps):
+            step(given)
+    assert given["residual"].isfinite().all()
+    for name in ("residual", "conv_state", "ssm_state"):
+        assert torch.equal(given[name], paused[name]), name
 
 
 def test_float64():

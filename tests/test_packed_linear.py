@@ -54,6 +54,9 @@ CASES = [
     Case((40,), 264, 1024, "row"),
     Case((70,), 136, 2056, bias=True),
     Case((600,), 200, 96),
+    Case((2,), 4100, 640, "row"),
+    Case((3,), 300, 1024, bias=True),
+    Case((4,), 129, 384),
     Case((24,), 200, 8192, bias=True),
     Case((40,), 9000, 288),  # more tiles than any card has processors
     Case((20,), 24, 16500),  # more columns than scales are tabulated for
@@ -86,6 +89,13 @@ def test_value(case, dtype, device):
     y = bitkernels.packed_linear(*args)
     assert y.dtype == dtype
     assert_close("y", y, reference.packed_linear(*wide(*args)))
+
+
+def test_more_rows_than_fit_at_once(device):
+    x, w_packed, alpha, beta, _ = inputs(Case((2,), 220_000, 128), device, torch.bfloat16)
+    some = slice(None, None, 97)
+    y = bitkernels.packed_linear(x, w_packed, alpha, beta)
+    assert_close("y", y[:, some], reference.packed_linear(*wide(x, w_packed[some], alpha, beta)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

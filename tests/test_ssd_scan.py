@@ -212,20 +212,17 @@ def test_noncontiguous(dtype, device):
         assert_close("out", out, out_expected.double())
 
 
-@pytest.mark.memcheck
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(
-    "case",
-    [
-        Case(1, 64, 40, 64, 128),
-        Case(1, 1, 40, 64, 64, D="H", dt_bias=False),
-        Case(2, 150, 20, 64, 128, G=2, D="HP", z=True, initial=True),
-        Case(3, 65, 16, 64, 64, G=4, D="H", initial=True, softplus=False, dt_limit=(0.001, 0.5)),
-    ],
-    ids=str,
-)
-def test_many_heads(case, dtype, device):
-    """For these Hopper GPUs have a kernel of their own; x, B and C as the convolution leaves them."""
+# Hopper GPUs have kernels of their own for these, without z and D of one value a head for both directions of time.
+MANY_HEADS = [
+    Case(1, 64, 40, 64, 128),
+    Case(1, 1, 40, 64, 64, D="H", dt_bias=False),
+    Case(2, 150, 20, 64, 128, G=2, D="H", initial=True),
+    Case(3, 65, 16, 64, 64, G=4, D="H", initial=True, softplus=False, dt_limit=(0.001, 0.5)),
+]
+
+
+def joined_inputs(case, device, dtype):
+    """x, B and C as the convolution leaves them."""
     tensors = inputs(case, device, dtype)
     widths = [case.H * case.P, case.G * case.N, case.G * case.N]
     joined = torch.cat([t.flatten(2) for t in (tensors[0], tensors[3], tensors[4])], -1)
@@ -233,14 +230,55 @@ def test_many_heads(case, dtype, device):
     tensors[0], tensors[3], tensors[4] = (
         x.unflatten(-1, (case.H, -1)), B.unflatten(-1, (case.G, -1)), C.unflatten(-1, (case.G, -1)),
     )  # fmt: skip
-    if device == "cuda" and torch.cuda.get_device_capability() == (9, 0) and CUDA_LIBRARY:
-        from bitkernels.triton.ssd_scan import on_hopper
+    return tensors
+
+
+def has_hopper_kernels(device):
+    return device == "cuda" and torch.cuda.get_device_capability() == (9, 0) and CUDA_LIBRARY
+
+
+@pytest.mark.memcheck
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", [*MANY_HEADS, Case(2, 150, 20, 64, 128, G=2, D="HP", z=True, initial=True)], ids=str)
+def test_many_heads(case, dtype, device):
+    tensors = joined_inputs(case, device, dtype)
+    if has_hopper_kernels(device):
+        from bitkernels.triton.ssd_hopper import on_hopper
 
         assert on_hopper(*(tensors[i] for i in (0, 3, 4, 6, 8, 9, 10)))
     outputs = run(case, tensors)
     for name, out, ref in zip(("y", "final_states"), outputs, run_reference(case, tensors), strict=True):
         assert_close(name, out, ref, TOLERANCE[dtype])
     assert all(torch.equal(a, b) for a, b in zip(outputs, run(case, tensors), strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.memcheck
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", MANY_HEADS, ids=str)
+def test_gradients_of_many_heads(case, dtype, monkeypatch):
+    """With the states of all sequences held at once, and with those of one after the other."""
+    if not (torch.cuda.is_available() and has_hopper_kernels("cuda")):
+        pytest.skip("no Hopper GPU is visible")
+    from bitkernels.triton import launch, ssd_hopper
+
+    tensors = [None if t is None else t.requires_grad_() for t in joined_inputs(case, "cuda", dtype)]
+    leaves = wide(*tensors)
+    outputs_ref = reference.ssd_scan(*leaves, case.softplus, case.dt_limit)
+    grads = [torch.randn_like(out) for out in run(case, tensors)]
+    torch.autograd.backward(outputs_ref, [g.double().cpu() for g in grads])
+    spread = sensitivity(case, tensors, grads, dtype)
+    x, dt, _, B, C, D, z, _, initial, *_ = tensors
+    assert ssd_hopper.backward_on_hopper(*grads, x, dt, B, C, D, z, initial, None, None)
+    for state_bytes in (ssd_hopper.STATE_BYTES, 1):
+        monkeypatch.setattr(ssd_hopper, "STATE_BYTES", state_bytes)
+        monkeypatch.setattr(launch, "PLANS", {})
+        results = torch.ops.bitkernels.ssd_scan_backward(*grads, *op_arguments(case, tensors))
+        again = torch.ops.bitkernels.ssd_scan_backward(*grads, *op_arguments(case, tensors))
+        assert all(torch.equal(a, b) for a, b in zip(results, again, strict=True))
+        for name, leaf, result in zip(NAMES, leaves, results, strict=False):
+            if leaf is not None:
+                assert_close(f"d{name}", result, leaf.grad, TOLERANCE[dtype] + 2 * spread.get(name, 0.0))
 
 
 def test_expanded_gradient(device):
@@ -452,16 +490,17 @@ def test_bad_cu_seqlens(ends):
 
 
 @pytest.mark.gpu
-def test_addresses_beyond_32_bits():
+@pytest.mark.parametrize(("batch", "T"), [(1, 210_000), (5, 42_000)])
+def test_addresses_beyond_32_bits(batch, T):
     """Tokens of a projection of more than 2^31 elements; strong decays make the end independent of the rest."""
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device is visible")
-    T, H, P, N, tail = 210_000, 80, 64, 128, 2048
-    projected = torch.empty(1, T, 2 * H * P + 2 * N + H, dtype=torch.bfloat16, device="cuda").normal_()
+    H, P, N, tail = 80, 64, 128, 2048
+    projected = torch.empty(batch, T, 2 * H * P + 2 * N + H, dtype=torch.bfloat16, device="cuda").normal_()
     assert projected.numel() > 2**31
     x, B, C = projected[..., H * P : -H].split([H * P, N, N], -1)
     x, B, C = x.unflatten(-1, (H, P)), B.unsqueeze(2), C.unsqueeze(2)
-    dt, A = torch.ones(1, T, H, device="cuda"), torch.full((H,), -1.0, device="cuda")
+    dt, A = torch.ones(batch, T, H, device="cuda"), torch.full((H,), -1.0, device="cuda")
     dy = torch.zeros_like(x[:, -128:]).normal_()
 
     def last(*tensors):

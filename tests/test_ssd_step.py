@@ -33,6 +33,10 @@ CASES = [
     Case(2, 2, 16, 31, G=2, dt_bias=False),
     Case(2, 6, 32, 64, G=6, D="H"),
     Case(0, 2, 16, 16),
+    # So many rows that a lane takes eight of them on a GPU; rows that are no power of two.
+    Case(9, 16, 64, 128, D="H", z=True),
+    Case(9, 32, 64, 60, G=2, D="HP", z=True),
+    Case(64, 32, 64, 8, G=2, dt_bias=False),
 ]
 
 
@@ -174,6 +178,17 @@ def test_stochastic_rounding_bit_by_bit(state_dtype, N, scale, device):
     expected = reference.round_stochastically(expected, bits, state_dtype)
     bitkernels.ssd_step(state, x, dt, A, B, C, seed=seed, position=position)
     assert torch.equal(state.cpu(), expected)
+
+
+@pytest.mark.parametrize("state_dtype", DTYPES[1:], ids=str)
+def test_stochastic_rounding_of_many_rows(state_dtype, device):
+    state, x, dt, A, B, _ = exact_inputs(device, state_dtype, batch=64, H=32, P=64, N=16)
+    B = B.bfloat16()
+    seed = torch.arange(64, device=device) * 2**33 - 5
+    expected = (state.float() + B[:, :, None].float()).cpu()
+    bits = reference.state_random_bits(seed.cpu(), seed.cpu() + 9, *state.shape[1:])
+    bitkernels.ssd_step(state, x.bfloat16(), dt, A, B, B, seed=seed, position=seed + 9)
+    assert torch.equal(state.cpu(), reference.round_stochastically(expected, bits, state_dtype))
 
 
 def test_philox_known_answers():

@@ -42,6 +42,8 @@ CASES = [
     Case((2, 3), 70, 100, bias=True),
     Case((8,), 100, 257),
     Case((9,), 33, 513, bias=True),
+    Case((1,), 300, 640, bias=True),
+    Case((2,), 1000, 2048),
     Case((33,), 129, 768),
     Case((130,), 200, 320, bias=True),
     Case((257,), 72, 129),

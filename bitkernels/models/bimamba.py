@@ -69,8 +69,12 @@ class Slots(NamedTuple):
     seed: Tensor | None = None  # with position: 16-bit states are rounded stochastically, as in ssd_step
     position: Tensor | None = None
 
-    def of_layer(self, i: int) -> "Slots":
-        return self if self.seed is None else self._replace(seed=self.seed + i * _LAYER_SEED)
+    def of_layers(self, count: int) -> "list[Slots]":
+        """Seeds differ from layer to layer. Made at once: a kernel between two layers costs more than its time."""
+        if self.seed is None:
+            return [self] * count
+        seeds = self.seed + _LAYER_SEED * torch.arange(count, device=self.seed.device)[:, None]
+        return [self._replace(seed=seed) for seed in seeds]
 
 
 class Packed(NamedTuple):
@@ -499,8 +503,9 @@ class BiMambaForCausalLM(nn.Module):
             eps, indices = self.config.norm_eps, slots and slots.indices
             mamba2_stack_step(residual, parameters, cache.conv, cache.ssm, dtype, eps, eps, indices)
             return residual
-        for i, (layer, conv, ssm) in enumerate(zip(self.layers, cache.conv, cache.ssm, strict=True)):
-            residual = layer.step(residual, dtype, conv, ssm, slots and slots.of_layer(i))
+        each = slots.of_layers(len(self.layers)) if slots else [None] * len(self.layers)
+        for layer, conv, ssm, own in zip(self.layers, cache.conv, cache.ssm, each, strict=True):
+            residual = layer.step(residual, dtype, conv, ssm, own)
         return residual
 
     def stream(

@@ -1,6 +1,6 @@
 """The forward SSD scan: y and the final states, see ``ssd_states`` for the division of time.
 
-On Hopper GPUs the usual case is left to CUDA C++, see ``on_hopper``.
+On Hopper GPUs the usual case is left to CUDA C++, see ``ssd_hopper``.
 """
 
 import torch
@@ -13,6 +13,7 @@ from bitkernels.triton.arguments import cdiv
 from bitkernels.triton.elementwise import silu, step_options
 from bitkernels.triton.launch import Launch, layout, planned
 from bitkernels.triton.mixer_arguments import check_scan
+from bitkernels.triton.ssd_hopper import on_hopper
 from bitkernels.triton.ssd_scan_backward import ssd_scan_backward
 from bitkernels.triton.ssd_states import (
     Decays,
@@ -148,32 +149,6 @@ def ssd_scan_kernel(
         tl.store(p_leave + i_state + o_state, state.to(p_leave.dtype.element_ty), mask=m_state)
 
 
-def on_hopper(x, B, C, z, initial_states, seq_idx, cu_seqlens) -> bool:
-    """Whether the CUDA C++ kernel (csrc/cuda/ssd_scan_hopper.cu) takes the scan.
-
-    It is built for 16-bit types, P = 64 and N = 64 or 128, knows no ``seq_idx`` and ``cu_seqlens``, and its copy engine
-    wants everything on 16-byte boundaries. It walks a head in one thread block from beginning to end: with heads for
-    less than three tenths of the GPU in the whole batch, the chunks of the Triton kernels are faster.
-    """
-    implemented = torch._C._dispatch_has_kernel_for_dispatch_key("bitkernels::ssd_scan_hopper", "CUDA")
-    if not (implemented and x.is_cuda) or seq_idx is not None or cu_seqlens is not None:
-        return False
-    if x.dtype == torch.float32 or x.shape[3] != 64 or B.shape[3] not in (64, 128):
-        return False
-    if not all(boxed(t) for t in (x, B, C, z) if t is not None):
-        return False
-    if initial_states is not None and initial_states.data_ptr() % 16 != 0:
-        return False
-    device = torch.cuda.get_device_properties(x.device)
-    return (device.major, device.minor) == (9, 0) and x.shape[0] * x.shape[2] >= 0.3 * device.multi_processor_count
-
-
-def boxed(t: Tensor) -> bool:
-    """[B, T, heads, columns] in 16 bits with every row of columns dense and on a 16-byte boundary."""
-    strides = (stride for stride, size in zip(t.stride()[:3], t.shape[:3], strict=True) if size > 1)
-    return t.stride(3) == 1 and t.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in strides)
-
-
 class ScanPlan:
     """Checks arguments and plans the launches for them; call: y and the final states."""
 
@@ -220,15 +195,14 @@ class ScanPlan:
         )  # fmt: skip
 
     def __call__(self, x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, cu_seqlens) -> tuple[Tensor, Tensor]:
+        if x.numel() > 0 and self.hopper:
+            scan = torch.ops.bitkernels.ssd_scan_hopper.default
+            return scan(x, dt, A, B, C, D, z, dt_bias, initial_states, *self.options)
         y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         final = torch.empty(self.final_shape, dtype=torch.float32, device=x.device)
         initial = None if initial_states is None else initial_states.contiguous()
         if x.numel() == 0:
             return y.zero_(), final.zero_() if initial is None else final.copy_(initial)
-        if self.hopper:
-            scan = torch.ops.bitkernels.ssd_scan_hopper.default
-            scan(x, dt, A, B, C, D, z, dt_bias, initial, *self.options, y, final)
-            return y, final
         x, B, C, z, seq_idx, cu_seqlens = dense_inputs(x, B, C, z, seq_idx, cu_seqlens)
         table = chunk_table(self.chunks, cu_seqlens)
         decays = self.decays(dt, A.contiguous(), None if dt_bias is None else dt_bias.contiguous(), table)

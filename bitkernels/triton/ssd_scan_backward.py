@@ -9,6 +9,8 @@ Time is taken in parts, so that h and dh take a bounded amount of memory.
 
 The gradient of the decay between tokens k - 1 and k is the sum of all that crosses it, taken directly: differences of
 running sums would lose the small gradients of strong decays.
+
+On Hopper GPUs the usual case is left to CUDA C++, which divides the work in the same way; see ``ssd_hopper``.
 """
 
 import torch
@@ -21,6 +23,7 @@ from bitkernels.triton.elementwise import silu, silu_gradient, step_options, ste
 from bitkernels.triton.launch import Launch, layout, planned
 from bitkernels.triton.mixer_arguments import check_floating, check_like, check_scan
 from bitkernels.triton.ssd_group_gradients import plan_group_gradients
+from bitkernels.triton.ssd_hopper import backward_on_hopper, divide_backward
 from bitkernels.triton.ssd_states import (
     SLOTS,
     Decays,
@@ -279,8 +282,12 @@ class BackwardPlan:
         check_floating(op, "dfinal_states", dfinal_states, x, (sequences, H, P, N))
         if x.numel() == 0:
             return
-        x, B, C, z, seq_idx, cu_seqlens = dense_inputs(x, B, C, z, seq_idx, cu_seqlens)
         dy = dense(dy)
+        self.hopper = backward_on_hopper(dy, dfinal_states, x, dt, B, C, D, z, initial_states, seq_idx, cu_seqlens)
+        if self.hopper:
+            self.options = dt_softplus, dt_min, dt_max, *divide_backward(x, B)
+            return
+        x, B, C, z, seq_idx, cu_seqlens = dense_inputs(x, B, C, z, seq_idx, cu_seqlens)
         tile = scan_tile(x.dtype, P, N)
         programs = 2 * H // walk_heads(x, B, z, tile)
         self.chunks = chunks = divide(x, None if cu_seqlens is None else sequences, tile, programs)
@@ -317,6 +324,11 @@ class BackwardPlan:
     def __call__(
         self, dy, dfinal_states, x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, cu_seqlens
     ) -> tuple[Tensor, ...]:
+        dy = dense(dy)
+        if self.hopper:
+            scan = torch.ops.bitkernels.ssd_scan_backward_hopper.default
+            return scan(dy, dfinal_states, x, dt, A, B, C, D, dt_bias, initial_states, *self.options)
+
         def fresh(shape, dtype=torch.float32):
             return torch.empty(shape, dtype=dtype, device=x.device)
 
@@ -324,7 +336,6 @@ class BackwardPlan:
         dfinal = None if dfinal_states is None else dfinal_states.contiguous()
         dinitial = None if initial is None else fresh(initial.shape)
         x, B, C, z, seq_idx, cu_seqlens = dense_inputs(x, B, C, z, seq_idx, cu_seqlens)
-        dy = dense(dy)
         A, dt_bias = A.contiguous(), None if dt_bias is None else dt_bias.contiguous()
         table = chunk_table(self.chunks, cu_seqlens)
         decays = self.decays(dt, A, dt_bias, table)

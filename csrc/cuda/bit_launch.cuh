@@ -58,8 +58,10 @@ PlaneLayout plane_layout(int64_t M, int64_t K, int columns) {
   return l;
 }
 
-template <typename F, typename T, class Tile>
-void run_bit_tile(const TokenSource& s, const Weights& w, const Epilogue& e, void* workspace, cudaStream_t stream) {
+// kNormedSum: with what `step` says around it; rows are whole vectors then.
+template <typename F, typename T, class Tile, bool kNormedSum = false>
+void run_bit_tile(const TokenSource& s, const Weights& w, const Epilogue& e, const NormedSum& step, void* workspace,
+                  cudaStream_t stream) {
   using Format = FusedFormat<F, T>;
   constexpr int kTokens = Tile::kColumns / Format::kPlanes;
   constexpr int kRun = Format::kPerLane;
@@ -84,8 +86,16 @@ void run_bit_tile(const TokenSource& s, const Weights& w, const Epilogue& e, voi
   const bool vectors = s.K % kRun == 0 && aligned(s.x, kRunBytes) && aligned(s.scale, 16) && aligned(s.shift, 16);
   const int64_t steps = layout.chunks / kBitMmaChunks;
   const int threads = static_cast<int>(steps < 32 ? 32 * steps : 1024);
-  launch(vectors ? prepare_planes_kernel<F, T, true> : prepare_planes_kernel<F, T, false>,
-         Grid{dim3(static_cast<unsigned>(layout.tokens)), threads}, stream, p);
+  Grid grid{dim3(static_cast<unsigned>(layout.tokens)), threads, 0, kNormedSum};
+  grid.beside_previous = kNormedSum;
+  if constexpr (kNormedSum) {
+    p.norm = step.norm;
+    p.eps = step.eps;
+    p.weights = {w.packed, nullptr, 1, 0, 4 * w.words * w.rows, 1};
+    launch(prepare_planes_kernel<F, T, true, true>, grid, stream, p);
+  } else {
+    launch(vectors ? prepare_planes_kernel<F, T, true> : prepare_planes_kernel<F, T, false>, grid, stream, p);
+  }
 
   constexpr size_t kStatic = 2048;
   const size_t most = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - kStatic - kPanelAlignment;
@@ -109,9 +119,16 @@ void run_bit_tile(const TokenSource& s, const Weights& w, const Epilogue& e, voi
   const int64_t fit = most / Tile::kStageBytes;
   a.stages = static_cast<int>(fit < kMostBitStages ? fit : kMostBitStages);
   if (panels < a.stages) a.stages = static_cast<int>(panels);
-  Grid grid{dim3(static_cast<unsigned>(blocks)), Tile::kThreads, kPanelAlignment + size_t(a.stages) * Tile::kStageBytes,
-            true};
-  launch(w.vector ? bit_matmul_kernel<F, T, Tile, true> : bit_matmul_kernel<F, T, Tile, false>, grid, stream, a);
+  a.residual = step.residual;
+  grid.blocks = dim3(static_cast<unsigned>(blocks));
+  grid.threads = Tile::kThreads;
+  grid.shared_bytes = kPanelAlignment + size_t(a.stages) * Tile::kStageBytes;
+  grid.overlaps_previous = true;
+  if constexpr (kNormedSum) {
+    launch(bit_matmul_kernel<F, T, Tile, true, true>, grid, stream, a);
+  } else {
+    launch(w.vector ? bit_matmul_kernel<F, T, Tile, true> : bit_matmul_kernel<F, T, Tile, false>, grid, stream, a);
+  }
 }
 
 template <typename F, typename T, typename Function>
@@ -166,7 +183,7 @@ void run_bits(const TokenSource& s, const Weights& w, const Epilogue& e, void* w
   dispatch_float(s.dtype, [&](auto t) {
     using T = decltype(t);
     with_bit_tile<F, T>(plan_bits<F>(s.dtype, s.M, w.rows, s.K),
-                        [&](auto tile) { run_bit_tile<F, T, decltype(tile)>(s, w, e, workspace, stream); });
+                        [&](auto tile) { run_bit_tile<F, T, decltype(tile)>(s, w, e, {}, workspace, stream); });
   });
 }
 

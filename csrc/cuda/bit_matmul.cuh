@@ -51,6 +51,7 @@ struct BitMatmulArgs {
   int row_tiles;
   int row_step, group_step;  // from a block's tile to its next one
   int stages;
+  float* residual;  // [M, columns]; kAdds alone
 };
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -174,7 +175,7 @@ __device__ inline void release(const BitStages& stages, int stage) {
   if (threadIdx.x % 32 == 0) barrier_arrive(stages.empty + stage * 8);
 }
 
-template <typename F, typename T, class Tile, bool kAligned>
+template <typename F, typename T, class Tile, bool kAligned, bool kAdds>
 __device__ void multiply(const BitMatmulArgs& args, const BitStages& stages) {
   constexpr int kLimbs = Tile::kLimbs;
   constexpr int kKept = Tile::kTokens > 1 ? Tile::kTokens / 2 : 1;  // tokens of a lane, in the end
@@ -189,6 +190,7 @@ __device__ void multiply(const BitMatmulArgs& args, const BitStages& stages) {
 
   BitCursor at(args);
   Column next_column = column_at(at);
+  if constexpr (kAdds) wait_for_previous_kernel();
 #pragma unroll 1
   while (at.inside(args)) {
     const Column column = next_column;
@@ -236,6 +238,13 @@ __device__ void multiply(const BitMatmulArgs& args, const BitStages& stages) {
     for (int l = 0; l < kLimbs; ++l) add_planes<Tile::kTokens, kLimbs>(d, l, sum[l]);
     T* out = static_cast<T*>(args.e.out) + int64_t(first_token) * args.e.columns + n;
     const bool stores = n < args.e.columns && (Tile::kTokens > 1 || t % 2 == 0);
+    float* residual = args.residual + int64_t(first_token) * args.e.columns + n;
+    const int left = stores ? args.M - first_token : 0;
+    float added[kKept];
+    if constexpr (kAdds) {
+#pragma unroll
+      for (int i = 0; i < kKept; ++i) added[i] = i < left ? residual[i * args.e.columns] : 0.0f;
+    }
     const SharedAddress tokens = stages.data + last * Tile::kStageBytes + Tile::kWeightBytes + Tile::kPlaneBytes +
                                  first_kept * sizeof(PlaneToken);
 #pragma unroll
@@ -253,7 +262,12 @@ __device__ void multiply(const BitMatmulArgs& args, const BitStages& stages) {
         if constexpr (kLimbs == 2) f = fmaf(static_cast<float>(sum[1][i]), 65536.0f, f);
         y = finish(args.e, Token{1.0f, 0.0f, __uint_as_float(words[1])}, column, f * unit);
       }
-      if (stores && first_token + i < args.M) out[i * args.e.columns] = from_float<T>(y);
+      if (i >= left) continue;
+      if constexpr (kAdds) {
+        residual[i * args.e.columns] = added[i] + y;
+      } else {
+        out[i * args.e.columns] = from_float<T>(y);
+      }
     }
     release(stages, last);
   }
@@ -261,9 +275,11 @@ __device__ void multiply(const BitMatmulArgs& args, const BitStages& stages) {
 
 #endif
 
-template <typename F, typename T, class Tile, bool kAligned>
+// kAdds: what would be the output is added to the residual, in a chain of kernels that overlap.
+template <typename F, typename T, class Tile, bool kAligned, bool kAdds = false>
 __global__ void __launch_bounds__(Tile::kThreads, 1) bit_matmul_kernel(const __grid_constant__ BitMatmulArgs args) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  if constexpr (kAdds) let_next_kernel_start();
   extern __shared__ uint4 shared[];
   __shared__ uint64_t full[kMostBitStages], empty[kMostBitStages];
   const BitStages stages{(shared_address(shared) + kPanelAlignment - 1) / kPanelAlignment * kPanelAlignment,
@@ -282,7 +298,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) bit_matmul_kernel(const __g
     bring<Tile, kAligned>(args, stages);
   } else {
     if constexpr (Tile::kUnequalRegisters) asm volatile("setmaxnreg.inc.sync.aligned.u32 160;");
-    multiply<F, T, Tile, kAligned>(args, stages);
+    multiply<F, T, Tile, kAligned, kAdds>(args, stages);
   }
 #endif
 }

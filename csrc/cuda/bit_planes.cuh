@@ -39,6 +39,10 @@ __device__ uint32_t to_fixed(float v, float per_unit) {
   return static_cast<uint32_t>(__float2int_rn(v * per_unit));
 }
 
+// What to_fixed() makes of zero where there is one limb.
+template <typename F>
+constexpr uint32_t kZeroOf = F::kInteger ? 0 : 0x4b400000;
+
 __device__ inline uint32_t bits_of(float v) { return __float_as_uint(v); }
 __device__ inline uint32_t bits_of(bf16 v) { return __bfloat16_as_ushort(v); }
 __device__ inline uint32_t bits_of(fp16 v) { return __half_as_ushort(v); }
@@ -84,11 +88,19 @@ struct Run {
   }
 };
 
+// Bits of a where the mask is set, of b elsewhere. The compiler takes two instructions for it.
+template <uint32_t kMask>
+__device__ uint32_t choose_bits(uint32_t a, uint32_t b) {
+  uint32_t chosen;
+  asm("lop3.b32 %0, %1, %2, %3, 0xe4;" : "=r"(chosen) : "r"(a), "r"(b), "n"(kMask));
+  return chosen;
+}
+
 // (a & kMask) and (b & kMask), kShift apart, in one register; and the bits that these leave behind in another.
 template <int kShift, uint32_t kMask>
 __device__ void exchange_bits(uint32_t& a, uint32_t& b) {
-  const uint32_t first = (a & kMask) | ((b << kShift) & ~kMask);
-  b = ((a >> kShift) & kMask) | (b & ~kMask);
+  const uint32_t first = choose_bits<kMask>(a, b << kShift);
+  b = choose_bits<kMask>(a >> kShift, b);
   a = first;
 }
 

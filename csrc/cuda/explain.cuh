@@ -23,6 +23,14 @@ std::string explain_fused(const TokenSource& s, const Weights& w) {
 }
 
 template <typename F>
+std::string explain_cluster(const TokenSource& s, const Weights& w) {
+  const BitClusterPlan plan = plan_cluster<F>(s, w);
+  return "cluster: single-bit products in one launch; " + std::to_string(plan.clusters) + " clusters of " +
+         std::to_string(1 << plan.parts_log2) + " block(s) that split K, " + std::to_string(plan.tiles_of_cluster) +
+         " tile(s) of " + std::to_string(plan.tile_rows) + " rows each";
+}
+
+template <typename F>
 std::string explain_warpgroup(const TokenSource& s, const Weights& w) {
   std::string text = "warpgroup: ";
   with_operand<F>(s.dtype, s.scale, [&](auto operand, auto scales, auto t) {
@@ -70,6 +78,7 @@ std::string explain_prepared(const TokenSource& s, const Weights& w) {
 template <typename F>
 std::string explain_forward(const TokenSource& s, const Weights& w) {
   switch (choose_on_hopper<F>(s, w)) {
+    case HopperKernel::kCluster: return explain_cluster<F>(s, w);
     case HopperKernel::kFused: return explain_fused<F>(s, w);
     case HopperKernel::kBits: return explain_bits<F>(s, w);
     case HopperKernel::kWarpgroup: return explain_warpgroup<F>(s, w);

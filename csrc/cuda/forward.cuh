@@ -1,6 +1,7 @@
 // y = epilogue(prepared x times packed weights): which kernel does it.
 #pragma once
 
+#include "bit_cluster_launch.cuh"
 #include "bit_launch.cuh"
 #include "fused_launch.cuh"
 #include "skinny.cuh"
@@ -54,13 +55,15 @@ int64_t forward_workspace(const void* activations, int64_t M, int64_t N, int64_t
   return bits > bytes ? bits : bytes;
 }
 
-enum class HopperKernel { kNone, kFused, kBits, kWarpgroup };
+enum class HopperKernel { kNone, kCluster, kFused, kBits, kWarpgroup };
 
-// Before the table, on Hopper: one launch for one token, or for four where rows are so few that processors would idle
+// Before the table, on Hopper: one launch for a few tokens, in the form that keeps planes in clusters or, where rows
+// are no whole vectors, in the fused one: for one token, or for four where rows are so few that processors would idle
 // without its split of K. Then products of single bits as long as they are expected to take less than decoding does.
 template <typename F>
 HopperKernel choose_on_hopper(const TokenSource& s, const Weights& w) {
   constexpr int64_t kFewRows = 64 * kBitMmaRows;
+  if (plan_cluster<F>(s, w).fits) return HopperKernel::kCluster;
   const bool bits = bits_apply(s.M, s.K);
   const bool few = s.M == 1 || (s.M <= 4 && w.rows <= kFewRows);
   if ((few || !bits) && fused_applies<F>(s, w)) return HopperKernel::kFused;
@@ -79,6 +82,7 @@ void run_forward(const TokenSource& source, const uint32_t* w_packed, const Epil
   const int64_t N = e.columns;
   const Weights w = weights(w_packed, N, ceil_div(source.K, F::kPerWord));
   switch (choose_on_hopper<F>(source, w)) {
+    case HopperKernel::kCluster: return run_cluster<F>(source, w, e, stream);
     case HopperKernel::kFused: return run_fused<F>(source, w, e, stream);
     case HopperKernel::kBits: return run_bits<F>(source, w, e, workspace, stream);
     case HopperKernel::kWarpgroup: return run_warpgroup_forward<F>(source, w, e, workspace, stream);

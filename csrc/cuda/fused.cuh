@@ -180,6 +180,7 @@ __global__ void __launch_bounds__(kFusedThreads, kStep != BlockStep::kNone && kC
     }
   }
   if constexpr (kStep == BlockStep::kIn) {
+    if (threadIdx.x == 0) prefetch_ahead(args.states);
     if (has_output) prefetch_conv(args.conv, token_of(threadIdx.x), row_of(threadIdx.x));
   }
   if constexpr (kNorm) {

@@ -20,7 +20,7 @@ struct FusedPlan {
 // Clusters of 1, 2, 4 and 8 blocks that the card runs at once, a block having a processor to itself. Processors come in
 // groups whose sizes differ from card to card, so that not all of them may find a place in a cluster of 4 or 8.
 template <typename... Params>
-int clusters_at_once(void (*kernel)(Params...), int parts_log2) {
+int clusters_at_once(void (*kernel)(Params...), int parts_log2, int threads) {
   static const std::array<int, 4> known = [&] {
     const int shared = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) / 2 + 1024;
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
@@ -31,7 +31,7 @@ int clusters_at_once(void (*kernel)(Params...), int parts_log2) {
       attribute.val.clusterDim = {1u << i, 1, 1};
       cudaLaunchConfig_t config = {};
       config.gridDim = dim3(clusters[0] >> i << i);
-      config.blockDim = dim3(kFusedThreads);
+      config.blockDim = dim3(threads);
       config.dynamicSmemBytes = shared;
       config.attrs = &attribute;
       config.numAttrs = 1;
@@ -47,7 +47,7 @@ FusedPlan fused_plan(int64_t N, int64_t chunks, int parts_log2) {
   FusedPlan p;
   p.parts_log2 = parts_log2;
   p.tiles = ceil_div(N, kBitMmaRows);
-  const int64_t at_once = clusters_at_once(fused_kernel<F, T, kColumns, true, kStep>, parts_log2);
+  const int64_t at_once = clusters_at_once(fused_kernel<F, T, kColumns, true, kStep>, parts_log2, kFusedThreads);
   const int64_t wanted = at_once * ceil_div(p.tiles, at_once * kMostFusedTiles);
   p.clusters = p.tiles < wanted ? p.tiles : wanted;
   p.part = chunks > 0 ? ceil_div(chunks, int64_t(1) << parts_log2) : 1;

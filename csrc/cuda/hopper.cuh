@@ -71,6 +71,15 @@ __device__ inline void load_box(const CUtensorMap* map, SharedAddress to, Shared
       : "memory");
 }
 
+__device__ inline void load_box(const CUtensorMap* map, SharedAddress to, SharedAddress barrier, int column, int part,
+                                int row) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];" ::
+          "r"(to),
+      "l"(map), "r"(barrier), "r"(column), "r"(part), "r"(row)
+      : "memory");
+}
+
 // Consecutive bytes, a multiple of 16.
 __device__ inline void load_bytes(SharedAddress to, const void* from, int bytes, SharedAddress barrier) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
@@ -101,7 +110,10 @@ __device__ inline void store_box(const CUtensorMap* map, SharedAddress from, int
                : "memory");
 }
 __device__ inline void commit_stores() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
-__device__ inline void wait_for_stores_to_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+template <int pending = 0>
+__device__ void wait_for_stores_to_read() {
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(pending) : "memory");
+}
 __device__ inline void wait_for_stores() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 
 // Ordinary writes to shared memory become visible to the copy engine and to wgmma.

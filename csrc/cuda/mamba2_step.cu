@@ -1,6 +1,7 @@
 // What lies on either side of the state in a decode step of the Mamba-2 block. A few tokens take one kernel on Hopper;
 // elsewhere the parts run one after the other.
-#include "fused_launch.cuh"
+#include "bit_launch.cuh"
+#include "mixer_kernels.h"
 #include "reduce.cuh"
 
 namespace bitkernels::cuda {
@@ -106,6 +107,7 @@ struct StepOperands {
   float eps;
   float* residual;
   ConvStep conv;
+  Ahead states;  // that the kernel after this projection reads
 };
 
 // Calls f(columns, plan) where one kernel can do it, and tells whether.
@@ -143,6 +145,7 @@ bool run_fused_step(const Scales& all, const Weights& w, const StepOperands<kSte
       if constexpr (kStep == BlockStep::kIn) {
         args.e.out = static_cast<T*>(all.epilogue.out) + m * N;
         args.conv = o.conv;
+        if (m == 0) args.states = o.states;
         if (o.conv.state_indices) {
           args.conv.state_indices += m;
         } else {
@@ -158,6 +161,27 @@ bool run_fused_step(const Scales& all, const Weights& w, const StepOperands<kSte
     if (!done) return false;
   }
   return true;
+}
+
+// More tokens: planes of bits made after the norm, and a product that adds to the residual. Up to as many as measured.
+constexpr int64_t kMostBitStepTokens = 128;
+
+template <typename T>
+bool run_bit_out_step(const Scales& all, const Weights& w, const NormedSum& step, void* workspace,
+                      cudaStream_t stream) {
+#ifdef BITKERNELS_SM90A
+  if constexpr (std::is_same_v<T, bf16>) {
+    const TokenSource& s = all.source;
+    if (s.M > kMostBitStepTokens || !bits_apply(s.M, s.K)) return false;
+    if (!fused_vectors<SignF16, T>(s, w) || !aligned(step.norm, 16)) return false;
+    const BitPlan plan = plan_bits<SignF16, T>(s.M, w.rows, s.K, device_attribute(cudaDevAttrMultiProcessorCount));
+    with_bit_tile<SignF16, T>(plan, [&](auto tile) {
+      run_bit_tile<SignF16, T, decltype(tile), true>(s, w, all.epilogue, step, workspace, stream);
+    });
+    return true;
+  }
+#endif
+  return false;
 }
 
 int64_t bytes_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
@@ -187,6 +211,24 @@ void normalise_and_multiply(const PackedLinear& p, const void* norm, double eps,
   packed_linear(product(p, y), stream);
 }
 
+// While the input projection of several tokens computes, memory rests: the states of the step after it come as far as
+// L2, of as many requests as leave room for what was written last. One token's kernels leave room for that step's own
+// blocks, which ask themselves.
+Ahead states_ahead(const Mamba2InStep& p) {
+  constexpr int64_t kMostBytes = 24 << 20;
+  if (!p.next || p.linear.M == 1) return {};
+  const SsdStep& next = *p.next;
+  const int64_t size = bytes_of(next.state_dtype), bytes = next.H * next.P * next.N * size;
+  const bool dense = next.state_row == next.N && next.state_head == next.P * next.N;
+  if (!dense || bytes == 0 || bytes % 16 != 0 || next.state_batch * size % 16 != 0 || !aligned(next.state, 16)) {
+    return {};
+  }
+  const int64_t most = kMostBytes / bytes;
+  return {next.state, next.state_indices,
+          next.slots, next.state_batch * size,
+          bytes,      static_cast<int>(next.batch < most ? next.batch : most)};
+}
+
 }  // namespace
 
 int64_t mamba2_in_step_workspace(const Mamba2InStep& p) { return normalised_bytes(p.linear) + product_bytes(p.linear); }
@@ -196,7 +238,7 @@ void mamba2_in_step(const Mamba2InStep& p, Executor stream) {
   const Scales s = scales(linear, DType::kFloat32);
   const Weights w = weights(linear.w_packed, linear.N, ceil_div(linear.K, kSignsPerWord));
   const StepOperands<BlockStep::kIn> o{static_cast<const float*>(p.norm_weight), static_cast<float>(p.eps), nullptr,
-                                       p.conv};
+                                       p.conv, states_ahead(p)};
   dispatch_float(linear.dtype, [&](auto t) {
     using T = decltype(t);
     if (run_fused_step<BlockStep::kIn, T>(s, w, o, stream)) return;
@@ -219,10 +261,11 @@ void mamba2_out_step(const Mamba2OutStep& p, Executor stream) {
   const Weights w = weights(linear.w_packed, linear.N, ceil_div(linear.K, kSignsPerWord));
   float* residual = static_cast<float*>(p.residual);
   const StepOperands<BlockStep::kOut> o{
-      static_cast<const float*>(p.norm_weight), static_cast<float>(p.eps), residual, {}};
+      static_cast<const float*>(p.norm_weight), static_cast<float>(p.eps), residual, {}, {}};
   dispatch_float(linear.dtype, [&](auto t) {
     using T = decltype(t);
     if (run_fused_step<BlockStep::kOut, T>(s, w, o, stream)) return;
+    if (run_bit_out_step<T>(s, w, {o.norm, o.eps, residual}, linear.workspace, stream)) return;
     T* y =
         reinterpret_cast<T*>(static_cast<char*>(linear.workspace) + normalised_bytes(linear) + product_bytes(linear));
     normalise_and_multiply<T, T>(linear, p.norm_weight, p.eps, y, stream);

@@ -36,4 +36,19 @@ __device__ T block_reduce(T v, Op op, T* scratch) {
   return v;
 }
 
+// Of two values: the first goes to lanes that have bit `bit` clear, the second to the others, each summed over the two.
+template <typename T>
+__device__ T add_halves(T first, T second, int bit) {
+  const bool upper = threadIdx.x & bit;
+  const T other = __shfl_xor_sync(0xffffffff, upper ? first : second, bit);
+  return (upper ? second : first) + other;
+}
+
+template <typename T>
+__device__ T add_lanes(T v, int from, int below) {
+#pragma unroll
+  for (int bit = from; bit < below; bit *= 2) v += __shfl_xor_sync(0xffffffff, v, bit);
+  return v;
+}
+
 }  // namespace bitkernels::cuda

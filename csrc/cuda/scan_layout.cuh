@@ -14,6 +14,7 @@ constexpr int kScanBoxBytes = kScanTokens * 128;  // 64 tokens, or rows of a sta
 constexpr int kOutputGroups = 2;                  // warpgroups, which take turns with the blocks
 constexpr int kDecayWarps = 2;
 constexpr int kScanWarpgroup = 128;
+constexpr float kLog2E = 1.4426950408889634f;
 constexpr int kScanThreads = kScanWarpgroup * (2 + kOutputGroups);
 
 // Of one head and block. Decays are kept as their binary logarithms, `total` since the block began.

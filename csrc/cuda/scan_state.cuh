@@ -13,63 +13,83 @@ __device__ inline float2 unpack_pair(bf16, uint32_t pair) {
 }
 __device__ inline float2 unpack_pair(fp16, uint32_t pair) { return __half22float2(*reinterpret_cast<__half2*>(&pair)); }
 
+// Rows g and g + 8 of every warp's sixteen of a state [64, N] in float32, as the sums of a product hold them.
+template <int N>
+__device__ __forceinline__ void load_state(const float* state, int row, int t, float (&h)[N / 2]) {
+#pragma unroll
+  for (int i = 0; i < N / 4; ++i) {
+    float2 v = {0.0f, 0.0f};
+    if (state) v = *reinterpret_cast<const float2*>(state + (row + i % 2 * 8) * N + i / 2 * 8 + 2 * t);
+    h[2 * i] = v.x;
+    h[2 * i + 1] = v.y;
+  }
+}
+template <int N>
+__device__ __forceinline__ void store_state(float* state, int row, int t, const float (&h)[N / 2]) {
+#pragma unroll
+  for (int i = 0; i < N / 4; ++i) {
+    *reinterpret_cast<float2*>(state + (row + i % 2 * 8) * N + i / 2 * 8 + 2 * t) = {h[2 * i], h[2 * i + 1]};
+  }
+}
+
+// x^T of a block as the left operand, scaled token by token. `x` is where the lane's rows begin, see transposed_at().
+template <typename T>
+__device__ __forceinline__ void load_scaled(SharedAddress x, const float* scales, int t,
+                                            uint32_t (&a)[kScanTokens / 16][4]) {
+  const float2* scale_of = reinterpret_cast<const float2*>(scales) + t;
+#pragma unroll
+  for (int k = 0; k < kScanTokens / 16; ++k) {
+    load_transposed(x + k * 16 * 128, a[k]);
+    const float2 first = scale_of[8 * k], last = scale_of[8 * k + 4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float2 v = unpack_pair(T(), a[k][i]);
+      const float2 scale = i < 2 ? first : last;
+      a[k][i] = pack_pair(T(), v.x * scale.x, v.y * scale.y);
+    }
+  }
+}
+__device__ inline int transposed_at(int warp, int lane) {
+  return in_box(lane % 8 + lane / 16 * 8, 2 * warp + lane / 8 % 2);
+}
+
+// Sums in 16 bits, to a box of 64 columns in shared memory for every 64 of them. `at` is in_box(16 * warp + lane % 16,
+// lane / 16): where a lane puts its row of the four tiles that a warp writes at once.
+template <int kPairs>
+__device__ __forceinline__ void store_boxes(SharedAddress boxes, int at, const uint32_t (&pairs)[kPairs]) {
+#pragma unroll
+  for (int i = 0; i < kPairs / 4; ++i) {
+    store_matrices((boxes + i / 4 * kScanBoxBytes + at) ^ i % 4 * 32, pairs[4 * i], pairs[4 * i + 1], pairs[4 * i + 2],
+                   pairs[4 * i + 3]);
+  }
+}
+
 template <typename T, int N>
 __device__ void lead_state(const ScanPlace<N>& at, const ScanProblem& p) {
   using Place = ScanPlace<N>;
   constexpr int kSteps = kScanTokens / 16;
   const int thread = threadIdx.x % kScanWarpgroup;
   const int warp = thread / 32, lane = thread % 32;
-  const int g = lane / 4, t = lane % 4;
+  const int row = 16 * warp + lane / 4, t = lane % 4;
   const int64_t of_state = (int64_t(at.row) * p.H + at.head) * kHeaddim * N;
 
   float h[N / 2];
-#pragma unroll
-  for (int i = 0; i < N / 8; ++i) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float2 v = {0.0f, 0.0f};
-      if (p.initial_states) {
-        v = *reinterpret_cast<const float2*>(p.initial_states + of_state + (16 * warp + g + 8 * half) * N + 8 * i +
-                                             2 * t);
-      }
-      h[4 * i + 2 * half] = v.x;
-      h[4 * i + 2 * half + 1] = v.y;
-    }
-  }
-
-  // x^T scaled by what each token leaves, as the left operand.
-  const int x_row = lane % 8 + lane / 16 * 8;
-  const int x_at = in_box(x_row, 2 * warp + lane / 8 % 2);
+  load_state<N>(p.initial_states ? p.initial_states + of_state : nullptr, row, t, h);
+  const int x_at = transposed_at(warp, lane);
   const auto added = [&](int b, uint32_t (&a)[kSteps][4]) {
     at.wait_full(b);
-    const SharedAddress x = at.stage(b) + x_at;
-    const float2* leave = reinterpret_cast<const float2*>(at.decays[b % kScanStages].leave) + t;
-#pragma unroll
-    for (int k = 0; k < kSteps; ++k) {
-      load_transposed(x + k * 16 * 128, a[k]);
-      const float2 first = leave[8 * k], last = leave[8 * k + 4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float2 v = unpack_pair(T(), a[k][i]);
-        const float2 scale = i < 2 ? first : last;
-        a[k][i] = pack_pair(T(), v.x * scale.x, v.y * scale.y);
-      }
-    }
+    load_scaled<T>(at.stage(b) + x_at, at.decays[b % kScanStages].leave, t, a);
   };
 
-  // Where a lane puts its row of the four tiles that a warp writes at once: rows, rows + 8, and the next chunk.
   const int h_at = in_box(16 * warp + lane % 16, lane / 16);
   const int blocks = uniform(p.blocks);  // in a register: a load would wait behind the stores
   uint32_t a[kSteps][4];
   added(0, a);
   for (int b = 0; b < blocks; ++b) {
     // The next block waits for this product alone: while it runs, the state before it is written.
-    uint32_t before[N / 8][2];
+    uint32_t before[N / 4];
 #pragma unroll
-    for (int i = 0; i < N / 8; ++i) {
-      before[i][0] = pack_pair(T(), h[4 * i], h[4 * i + 1]);
-      before[i][1] = pack_pair(T(), h[4 * i + 2], h[4 * i + 3]);
-    }
+    for (int i = 0; i < N / 4; ++i) before[i] = pack_pair(T(), h[2 * i], h[2 * i + 1]);
     const float kept = at.decays[b % kScanStages].kept;
 #pragma unroll
     for (int i = 0; i < N / 2; ++i) h[i] *= kept;
@@ -80,13 +100,8 @@ __device__ void lead_state(const ScanPlace<N>& at, const ScanProblem& p) {
     wgmma_commit();
 
     const int slot = b % kOutputGroups;
-    const SharedAddress to = at.states + slot * Place::kStateBytes;
     barrier_wait(at.read + 8 * slot, b / kOutputGroups % 2 ^ 1);
-#pragma unroll
-    for (int i = 0; i < N / 8; i += 2) {
-      store_matrices((to + i / 8 * kScanBoxBytes + h_at) ^ i % 8 * 16, before[i][0], before[i][1], before[i + 1][0],
-                     before[i + 1][1]);
-    }
+    store_boxes(at.states + slot * Place::kStateBytes, h_at, before);
     uint32_t next[kSteps][4];
     if (b + 1 < blocks) added(b + 1, next);
     copy_engine_fence();
@@ -102,15 +117,7 @@ __device__ void lead_state(const ScanPlace<N>& at, const ScanProblem& p) {
       for (int i = 0; i < 4; ++i) a[k][i] = next[k][i];
     }
   }
-
-#pragma unroll
-  for (int i = 0; i < N / 8; ++i) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      *reinterpret_cast<float2*>(p.final_states + of_state + (16 * warp + g + 8 * half) * N + 8 * i + 2 * t) = {
-          h[4 * i + 2 * half], h[4 * i + 2 * half + 1]};
-    }
-  }
+  store_state<N>(p.final_states + of_state, row, t, h);
 }
 
 }  // namespace bitkernels::cuda

@@ -3,12 +3,14 @@
 // A row of the state is taken by as many lanes as hold 128 of its elements, 16 bytes each; a warp takes kRows rows a
 // lane at once, so that all of their loads are under way together. The kernel may start while the one before it runs:
 // it then brings its states as far as L2.
+#include <cfloat>
 #include <initializer_list>
 #include <type_traits>
 
 #include "launch.cuh"
 #include "mixer_kernels.h"
 #include "ptx.cuh"
+#include "reduce.cuh"
 #include "step.cuh"
 #include "stochastic_round.cuh"
 #include "types.cuh"
@@ -96,6 +98,19 @@ struct Elements {
 
 __device__ float softplus(float v) { return fmaxf(v, 0.0f) + log1pf(expf(-fabsf(v))); }
 
+// kLanes neighbours hold parts of kCount sums: each gets one sum, kLanes / kCount of them the same.
+template <int kLanes, int kCount>
+__device__ float sum_of_lane(const float (&v)[kCount]) {
+  if constexpr (kCount == 1) {
+    return add_lanes(v[0], 1, kLanes);
+  } else {
+    float half[kCount / 2];
+#pragma unroll
+    for (int i = 0; i < kCount / 2; ++i) half[i] = add_halves(v[i], v[i + kCount / 2], kLanes / 2);
+    return sum_of_lane<kLanes / 2>(half);
+  }
+}
+
 // kVector: rows of the state, of B and of C are whole vectors.
 template <typename T, typename S, int kRows, bool kVector>
 __global__ void __launch_bounds__(kStepThreads, kRows < 8 ? 6 : 4)
@@ -132,14 +147,16 @@ __global__ void __launch_bounds__(kStepThreads, kRows < 8 ? 6 : 4)
   let_next_kernel_start();
   wait_for_previous_kernel();
 
-  // Of the rows of this warp, the lane finishes row `own`, if there is one.
-  const int own = part < kRows ? part : 0;
+  // Of the rows of this warp, the lane finishes row `own`, as its neighbours of kLanesOfSum do.
+  constexpr int kLanesOfSum = L::kOfRow / kRows;
+  const int own = part / kLanesOfSum;
   const int64_t own_row = first + own * L::kRowsOfWarp;
-  const bool has_own = part < kRows && own_row < p.P;
+  const bool has_own = own_row < p.P;
+  const bool stores = has_own && part % kLanesOfSum == 0;
   const int64_t y_at = int64_t(head_of_batch) * p.P + own_row;
   const int64_t slot = slot_of(p.state_indices, p.slots, batch);
   if (slot < 0) {
-    if (has_own) static_cast<T*>(p.y)[y_at] = from_float<T>(0.0f);
+    if (stores) static_cast<T*>(p.y)[y_at] = from_float<T>(0.0f);
     return;
   }
   S* state = head_state + slot * p.state_batch;
@@ -174,17 +191,20 @@ __global__ void __launch_bounds__(kStepThreads, kRows < 8 ? 6 : 4)
   dt = fminf(fmaxf(dt, static_cast<float>(p.dt_min)), static_cast<float>(p.dt_max));
   const float decay = expf(dt * A);
   const float own_scaled = dt * own_x;
-  const int64_t seed = p.seed ? p.seed[batch] : 0, position = p.seed ? p.position[batch] : 0;
+  const RandomKeys keys(p.seed ? p.seed[batch] : 0);
+  const int64_t position = p.seed ? p.position[batch] : 0;
 
   float sum[kRows] = {};
+  // A count that all lanes share, so that the warp stays one.
 #pragma unroll 1
-  for (int64_t n = n0; n - n0 < p.N; n += kChunk) {
-    if (n > n0) load_states(n);
-    if (n > n0) load_inputs(n);
+  for (int64_t chunk = 0; chunk < p.N; chunk += kChunk) {
+    const int64_t n = n0 + chunk;
+    if (chunk > 0) load_states(n);
+    if (chunk > 0) load_inputs(n);
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       const int64_t row = first + r * L::kRowsOfWarp;
-      const float scaled = __shfl_sync(0xffffffff, own_scaled, r, L::kOfRow);
+      const float scaled = __shfl_sync(0xffffffff, own_scaled, r * kLanesOfSum, L::kOfRow);
       float next[kElements];
 #pragma unroll
       for (int i = 0; i < kElements; ++i) {
@@ -193,9 +213,19 @@ __global__ void __launch_bounds__(kStepThreads, kRows < 8 ? 6 : 4)
       }
       if constexpr (sizeof(S) == 2) {
         if (p.seed) {
-          const RandomBits bits(seed, position, head * p.P + row, n / 8);
+          const RandomBits bits(keys, position, head * p.P + row, n / 8);
+          // A sum of what is infinite or NaN is, too.
+          if (fabsf(sum[r]) <= FLT_MAX) {
 #pragma unroll
-          for (int i = 0; i < kElements; ++i) held[r].set(i, round_stochastically<S>(next[i], bits[i]));
+            for (int i = 0; i < kElements; i += 2) {
+              held[r].words[i / 2] = round_finite<S>(next[i], next[i + 1], bits.pair(i / 2));
+            }
+          } else {
+#pragma unroll
+            for (int i = 0; i < kElements; ++i) {
+              held[r].set(i, round_stochastically<S>(next[i], bits.pair(i / 2) >> 16 * (i % 2) & 0xffffu));
+            }
+          }
         } else {
 #pragma unroll
           for (int i = 0; i < kElements; ++i) held[r].set(i, from_float<S>(next[i]));
@@ -208,17 +238,8 @@ __global__ void __launch_bounds__(kStepThreads, kRows < 8 ? 6 : 4)
     }
   }
 
-  float out = 0.0f;
-#pragma unroll
-  for (int r = 0; r < kRows; ++r) {
-#pragma unroll
-    for (int offset = L::kOfRow / 2; offset > 0; offset /= 2) {
-      sum[r] += __shfl_xor_sync(0xffffffff, sum[r], offset);
-    }
-    if (r == own) out = sum[r];
-  }
-  if (!has_own) return;
-  out = fmaf(own_D, own_x, out);
+  float out = fmaf(own_D, own_x, sum_of_lane<L::kOfRow>(sum));
+  if (!stores) return;
   if (p.z.data) out *= silu(own_z);
   static_cast<T*>(p.y)[y_at] = from_float<T>(out);
 }

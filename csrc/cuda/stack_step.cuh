@@ -22,6 +22,7 @@
 #include "hopper.cuh"
 #include "mamba2_stack_step_hopper.h"
 #include "ptx.cuh"
+#include "reduce.cuh"
 #include "step.cuh"
 #include "tokens.cuh"
 
@@ -36,7 +37,6 @@ constexpr int kStackTaps = 4;
 constexpr int kInParams = 2 + 2 * kStackTaps - 1;  // bias; bias, taps and earlier inputs of the convolution
 constexpr int kStepParams = 4;                     // D; norm, alpha and beta of the output
 constexpr int kOutParams = 4;                      // norm, alpha and beta of the layer's input; bias of the output
-constexpr uint32_t kFixedZero = 0x4b400000;        // what to_fixed() makes of zero
 constexpr uint32_t kUnwritten = 0xffffffff;
 
 // Activations on their way to a projection, of every layer: an octet of scaled values as bf16, and sums over it of
@@ -133,21 +133,6 @@ __device__ inline int lane_again() {
   return lane;
 }
 
-// Of two values: the first goes to lanes that have bit `bit` clear, the second to the others, each summed over the two.
-template <typename T>
-__device__ T add_halves(T first, T second, int bit) {
-  const bool upper = threadIdx.x & bit;
-  const T other = __shfl_xor_sync(0xffffffff, upper ? first : second, bit);
-  return (upper ? second : first) + other;
-}
-
-template <typename T>
-__device__ T add_lanes(T v, int from, int below) {
-#pragma unroll
-  for (int bit = from; bit < below; bit *= 2) v += __shfl_xor_sync(0xffffffff, v, bit);
-  return v;
-}
-
 // Eight lanes, kStep apart, have an octet's values, the one of `row` being this lane's. By a whole warp.
 template <int kStep>
 __device__ void publish_octet(const StackExchange& to, int64_t octet, int row, bool stores, float scaled, float square,
@@ -201,7 +186,7 @@ __device__ inline float multiply_slice(const uint4* values, const float2* sums, 
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
     fixed[i] = to_fixed<SignF16, 1>(v[i], per_unit);
-    fixed_sum += static_cast<int>(fixed[i] - kFixedZero);
+    fixed_sum += static_cast<int>(fixed[i] - kZeroOf<SignF16>);
   }
   to_planes(fixed, false, plane);
   __syncwarp();  // the planes of the projection before have been read

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "launch.cuh"
+#include "ptx.cuh"
 
 namespace bitkernels::cuda {
 
@@ -16,6 +17,35 @@ __device__ inline int64_t slot_of(const int64_t* indices, int64_t slots, int64_t
   const int64_t slot = indices ? indices[request] : request;
   return slot < slots ? slot : -1;
 }
+
+// What a kernel soon reads: `bytes` for each of `requests`, `pitch` bytes from slot to slot.
+struct Ahead {
+  const void* data;
+  const int64_t* indices;
+  int64_t slots, pitch, bytes;
+  int requests;
+};
+
+// Brings the block's share as far as L2. By one thread; bytes are a multiple of 16. Slots may still change, and then it
+// was in vain.
+__device__ inline void prefetch_ahead(const Ahead& ahead) {
+  constexpr int64_t kPiece = 16384;
+  const int pieces = static_cast<int>((ahead.bytes + kPiece - 1) / kPiece);
+  for (int i = blockIdx.x; i < pieces * ahead.requests; i += gridDim.x) {
+    const int request = i / pieces;
+    const int64_t slot = slot_of(ahead.indices, ahead.slots, request), at = (i - request * pieces) * kPiece;
+    if (slot < 0) continue;
+    prefetch_to_l2(static_cast<const char*>(ahead.data) + slot * ahead.pitch + at,
+                   static_cast<uint32_t>(min(ahead.bytes - at, kPiece)));
+  }
+}
+
+// Of a packed projection that is added to the residual after an RMSNorm.
+struct NormedSum {
+  const float* norm;  // [K]
+  float eps;
+  float* residual;  // [tokens, columns]
+};
 
 __device__ inline float silu(float v) { return __fdividef(v, 1.0f + __expf(-v)); }
 

@@ -45,6 +45,7 @@ struct FusedArgs {
   float eps;
   float* residual;  // [tokens, columns]
   ConvStep conv;
+  Ahead states;  // that the next kernel reads
 };
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL

@@ -129,6 +129,22 @@ BITKERNELS_WGMMA_8(128, 64, 65, 66, 67, 68, 69)
 BITKERNELS_WGMMA_8(176, 88, 89, 90, 91, 92, 93)
 BITKERNELS_WGMMA_8(208, 104, 105, 106, 107, 108, 109)
 BITKERNELS_WGMMA_8(256, 128, 129, 130, 131, 132, 133)
+// Both operands in shared memory, each K-major, or as it stands: its rows along the dimension that is summed over.
+#define BITKERNELS_WGMMA_SHARED_OF(T, n, types, desc_a, desc_b, flag, rows_a, rows_b)                                   \
+  template <int a_rows, int b_rows>                                                                                     \
+  __device__ __forceinline__ void wgmma_shared(T, float (&d)[n / 2], uint64_t a, uint64_t b, int accumulate) {          \
+    asm volatile("{.reg .pred p; setp.ne.b32 p, %" #flag ", 0;\n"                                                       \
+                 "wgmma.mma_async.sync.aligned.m64n" #n "k16." types " {" BITKERNELS_L##n "}, %" #desc_a ", %" #desc_b   \
+                 ", p, 1, 1, %" #rows_a ", %" #rows_b ";}\n"                                                           \
+                 : BITKERNELS_O##n("+f") : "l"(a), "l"(b), "r"(accumulate), "n"(a_rows), "n"(b_rows));                  \
+  }
+#define BITKERNELS_WGMMA_SHARED(n, desc_a, desc_b, flag, rows_a, rows_b)                                                \
+  BITKERNELS_WGMMA_SHARED_OF(__nv_bfloat16, n, "f32.bf16.bf16", desc_a, desc_b, flag, rows_a, rows_b)                   \
+  BITKERNELS_WGMMA_SHARED_OF(__half, n, "f32.f16.f16", desc_a, desc_b, flag, rows_a, rows_b)
+BITKERNELS_WGMMA_SHARED(64, 32, 33, 34, 35, 36)
+BITKERNELS_WGMMA_SHARED(128, 64, 65, 66, 67, 68)
+#undef BITKERNELS_WGMMA_SHARED
+#undef BITKERNELS_WGMMA_SHARED_OF
 // Single bits: a is in shared memory too, and products are counted where both bits are set.
 #define BITKERNELS_WGMMA_1(n, desc_a, desc_b, flag)                                                                    \
   __device__ __forceinline__ void wgmma_bits(int (&d)[n / 2], uint64_t a, uint64_t b, int accumulate) {               \

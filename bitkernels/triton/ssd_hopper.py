@@ -1,0 +1,78 @@
+"""Which scans the CUDA C++ kernels for Hopper GPUs take (csrc/cuda/ssd_scan*_hopper.cu), and how they divide them.
+
+They are built for 16-bit types, P = 64 and N = 64 or 128, know no ``seq_idx`` and ``cu_seqlens``, and their copy engine
+wants everything on 16-byte boundaries. They walk a head in one thread block from beginning to end: with heads for less
+than three tenths of the GPU in the whole batch, the chunks of the Triton kernels are faster.
+"""
+
+import torch
+from torch import Tensor
+
+from bitkernels.triton.arguments import cdiv
+
+BLOCK_T = 64
+# Of states and their gradients: of sequences held at once, and of the longest sequence.
+STATE_BYTES = 2**27
+MAX_STATE_BYTES = 2**32
+# What a thread block of the gradients does before and after its heads, in heads.
+AROUND_HEADS = 2
+
+
+def boxed(t: Tensor) -> bool:
+    """[B, T, heads, columns] in 16 bits with every row of columns dense and on a 16-byte boundary."""
+    strides = (stride for stride, size in zip(t.stride()[:3], t.shape[:3], strict=True) if size > 1)
+    return t.stride(3) == 1 and t.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in strides)
+
+
+def fits(op: str, x: Tensor, B: Tensor, tiles: tuple[Tensor | None, ...], states: tuple[Tensor | None, ...]) -> bool:
+    """What both directions of time ask for; ``tiles`` are read by the copy engine."""
+    if not (x.is_cuda and torch._C._dispatch_has_kernel_for_dispatch_key(f"bitkernels::{op}", "CUDA")):
+        return False
+    if x.dtype == torch.float32 or x.shape[3] != 64 or B.shape[3] not in (64, 128):
+        return False
+    if not all(boxed(t) for t in tiles if t is not None):
+        return False
+    if any(t.data_ptr() % 16 != 0 for t in states if t is not None):
+        return False
+    device = torch.cuda.get_device_properties(x.device)
+    return (device.major, device.minor) == (9, 0) and x.shape[0] * x.shape[2] >= 0.3 * device.multi_processor_count
+
+
+def on_hopper(x, B, C, z, initial_states, seq_idx, cu_seqlens) -> bool:
+    """Whether the kernel of the forward scan takes it."""
+    return seq_idx is None and cu_seqlens is None and fits("ssd_scan_hopper", x, B, (x, B, C, z), (initial_states,))
+
+
+def row_bytes(x: Tensor, B: Tensor) -> int:
+    """Of the states of a sequence before every block, and the gradients of those after it."""
+    _, T, H, P = x.shape
+    return 2 * cdiv(T, BLOCK_T) * H * P * B.shape[3] * x.element_size()
+
+
+def backward_on_hopper(dy, dfinal_states, x, dt, B, C, D, z, initial_states, seq_idx, cu_seqlens) -> bool:
+    """Whether the kernels of the backward scan take it: no gate, one D a head, states that fit."""
+    if not (z is None and seq_idx is None and cu_seqlens is None and (D is None or D.dim() == 1)):
+        return False
+    if dt.dtype == torch.float64 or row_bytes(x, B) > MAX_STATE_BYTES:
+        return False
+    return fits("ssd_scan_backward_hopper", x, B, (dy, x, B, C), (dfinal_states, initial_states))
+
+
+def divide_backward(x: Tensor, B: Tensor) -> tuple[int, int]:
+    """Sequences whose states are held at once, and thread blocks over which the heads of a group are spread."""
+    batch, T, H, _ = x.shape
+    blocks, heads = cdiv(T, BLOCK_T) * B.shape[2], H // B.shape[2]
+    slots = torch.cuda.get_device_properties(x.device).multi_processor_count
+
+    def time(division: tuple[int, int]) -> int:
+        """In heads: what a thread block goes through in each round."""
+        rows, splits = division
+        return cdiv(batch, rows) * cdiv(rows * blocks * splits, slots) * (cdiv(heads, splits) + AROUND_HEADS)
+
+    most = max(1, min(batch, STATE_BYTES // row_bytes(x, B)))
+    choices = [
+        (rows, splits)
+        for rows in range(1, most + 1)
+        for splits in range(1, min(heads, cdiv(2 * slots, rows * blocks)) + 1)
+    ]
+    return min(choices, key=time)

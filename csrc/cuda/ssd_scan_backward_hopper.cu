@@ -1,0 +1,218 @@
+// The backward SSD scan on Hopper, in two kernels and one that adds parts: the states before every block of 64 tokens
+// and the gradients of those after it, by walks through every head, and then all gradients of a block from them, all
+// blocks at once. See docs/kernels/ssd_scan.md.
+#include "reduce.cuh"
+#include "scan_gradient_groups.cuh"
+#include "scan_gradient_pairs.cuh"
+#include "ssd_scan_backward_hopper.h"
+
+namespace bitkernels::cuda {
+
+template <typename T, int N>
+__global__ void __launch_bounds__(kGradientThreads, 1)
+    scan_gradient_kernel(const __grid_constant__ CUtensorMap x, const __grid_constant__ CUtensorMap dy,
+                         const __grid_constant__ CUtensorMap B, const __grid_constant__ CUtensorMap C,
+                         const __grid_constant__ CUtensorMap h, const __grid_constant__ CUtensorMap dh,
+                         const __grid_constant__ CUtensorMap dx, GradientProblem p) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  extern __shared__ uint4 shared[];
+  const GradientPlace<N> at(shared, p);
+  const int thread = threadIdx.x;
+  if (thread == 0) {
+    for (int i = 0; i < kGradientStages; ++i) {
+      barrier_init(at.full + 8 * i, 1);
+      barrier_init(at.empty + 8 * i, kGradientWarps + 1);
+    }
+    for (int i = 0; i < 2; ++i) {
+      barrier_init(at.summed + 8 * i, kGradientWarps);
+      barrier_init(at.added + 8 * i, 1);
+    }
+    barrier_init(at.weighed, 4);
+    barrier_init(at.applied, 4);
+    barrier_init(at.ready, 1);
+    barrier_init_fence();
+  }
+  {
+    const int k = thread / 8, chunk = thread % 8;
+    const auto one = [&](int i) { return 8 * chunk + i >= k ? 1.0f : 0.0f; };
+    store_words(at.ones + in_box(k, chunk), pack_pair(bf16(), one(0), one(1)), pack_pair(bf16(), one(2), one(3)));
+    store_words(at.ones + in_box(k, chunk) + 8, pack_pair(bf16(), one(4), one(5)), pack_pair(bf16(), one(6), one(7)));
+    copy_engine_fence();
+  }
+  __syncthreads();
+  const int group = uniform(thread / kScanWarpgroup);
+  if (group == 0) {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
+    const int warp = uniform(thread / 32);
+    if (warp == 0 && thread == 0) {
+      fetch_heads(at, p, x, dy, B, C, h, dh);
+    } else if (warp == 1) {
+      add_up(at, p, thread % 32);
+    }
+  } else if (group == 1) {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 144;");
+    pair_gradients<T, N>(at);
+  } else if (group == 2) {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 136;");
+    enter_gradients<T, N>(at, p);
+  } else {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 176;");
+    leave_gradients<T, N>(at, p, dx);
+  }
+#endif
+}
+
+struct PartSums {
+  const float *head_sums, *dB_parts, *dC_parts;
+  float *dA, *ddt_bias, *dD;
+  void *dB, *dC;
+  int64_t rows, H, splits, size;  // of head_sums, and of one part of dB or dC
+};
+
+// Sums in a fixed order: over blocks for heads (blockIdx.y = 0), a warp each, and over splits for dB and dC.
+template <typename T>
+__global__ void __launch_bounds__(256) sum_parts_kernel(PartSums p) {
+  const int64_t thread = int64_t(blockIdx.x) * 256 + threadIdx.x;
+  if (blockIdx.y == 0) {
+    const int64_t head = thread / 32;
+    const int lane = threadIdx.x % 32;
+    if (head >= p.H) return;
+    float sums[3] = {};
+    for (int64_t r = lane; r < p.rows; r += 32) {
+#pragma unroll
+      for (int i = 0; i < 3; ++i) sums[i] += p.head_sums[(r * p.H + head) * 3 + i];
+    }
+#pragma unroll
+    for (int i = 0; i < 3; ++i) sums[i] = warp_reduce(sums[i], Sum());
+    if (lane != 0) return;
+    p.dA[head] = sums[0];
+    if (p.ddt_bias) p.ddt_bias[head] = sums[1];
+    if (p.dD) p.dD[head] = sums[2];
+  } else if (4 * thread < p.size) {
+    const float4* parts = reinterpret_cast<const float4*>(blockIdx.y == 1 ? p.dB_parts : p.dC_parts) + thread;
+    float4 sum = parts[0];
+    for (int64_t s = 1; s < p.splits; ++s) {
+      const float4 v = parts[s * (p.size / 4)];
+      sum.x += v.x;
+      sum.y += v.y;
+      sum.z += v.z;
+      sum.w += v.w;
+    }
+    static_cast<uint2*>(blockIdx.y == 1 ? p.dB : p.dC)[thread] = {pack_pair(T(), sum.x, sum.y),
+                                                                  pack_pair(T(), sum.z, sum.w)};
+  }
+}
+
+// Where things are in the workspace.
+struct Workspace {
+  uint16_t *h, *dh;            // [rows, blocks, H, 64, N] in dtype: before every block, and after it
+  ScanRows* rows;              // [rows, blocks, H]
+  float* head_sums;            // [B, blocks, H, 3]: parts of dA, ddt_bias and dD
+  float *dB_parts, *dC_parts;  // [splits, B, T, G, N], if there are several
+  int64_t bytes;
+
+  explicit Workspace(const SsdScanBackward& s) {
+    const int64_t blocks = ceil_div(s.T, kScanTokens);
+    const int64_t states = s.rows * blocks * s.H * kHeaddim * s.N;
+    const int64_t parts = s.splits > 1 ? s.splits * s.batch * s.T * s.G * s.N : 0;
+    h = static_cast<uint16_t*>(s.workspace);
+    dh = h + states;
+    dB_parts = reinterpret_cast<float*>(dh + states);
+    dC_parts = dB_parts + parts;
+    rows = reinterpret_cast<ScanRows*>(dC_parts + parts);
+    head_sums = reinterpret_cast<float*>(rows + s.rows * blocks * s.H);
+    bytes = 2 * states * sizeof(uint16_t) + 2 * parts * sizeof(float) + s.rows * blocks * s.H * sizeof(ScanRows) +
+            s.batch * blocks * s.H * 3 * sizeof(float);
+  }
+};
+
+int64_t ssd_scan_backward_hopper_workspace(const SsdScanBackward& s) { return Workspace(s).bytes; }
+
+template <typename T, int N>
+void run_backward(const SsdScanBackward& s, cudaStream_t stream) {
+  const Workspace work(s);
+  const int64_t blocks = ceil_div(s.T, kScanTokens);
+  const auto map = [&](const ScanTensor& t, int64_t heads, int64_t columns, int tokens = kScanTokens) {
+    return tokens_map<T>(t.data, {s.batch, s.T, heads, columns}, {t.batch, t.time, t.head}, tokens);
+  };
+  const CUtensorMap x = map(s.x, s.H, kHeaddim), dy = map(s.dy, s.H, kHeaddim);
+  const CUtensorMap B = map(s.B, s.G, N), C = map(s.C, s.G, N);
+  const CUtensorMap dx = map({s.dx, s.T * s.H * kHeaddim, s.H * kHeaddim, kHeaddim}, s.H, kHeaddim, kScanTokens / 4);
+  const int64_t state_rows = s.rows * blocks * s.H * kHeaddim;
+  // Written by warps, sixteen rows each, read whole.
+  const auto states = [&](const void* of, int rows) { return matrix_map<T>(of, state_rows, N, rows); };
+  const CUtensorMap h_out = states(work.h, 16), dh_out = states(work.dh, 16);
+  const CUtensorMap h_in = states(work.h, 64), dh_in = states(work.dh, 64);
+  WalkProblem w{.dt = s.dt.data,
+                .A = s.A,
+                .dt_bias = s.dt_bias,
+                .initial = s.initial,
+                .dfinal = s.dfinal,
+                .dinitial = s.dinitial,
+                .rows = work.rows,
+                .dt_batch = s.dt.batch,
+                .dt_time = s.dt.time,
+                .dt_head = s.dt.head,
+                .dt_min = s.dt_min,
+                .dt_max = s.dt_max,
+                .dt_dtype = s.dt_dtype,
+                .dt_softplus = s.dt_softplus,
+                .T = static_cast<int>(s.T),
+                .H = static_cast<int>(s.H),
+                .heads_per_group = static_cast<int>(s.H / s.G),
+                .blocks = static_cast<int>(blocks)};
+  const bool parts = s.splits > 1;
+  GradientProblem g{.rows = w.rows,
+                    .A = s.A,
+                    .D = s.D,
+                    .head_sums = work.head_sums,
+                    .ddt = s.ddt,
+                    .dB = parts ? work.dB_parts : s.dB,
+                    .dC = parts ? work.dC_parts : s.dC,
+                    .dt_dtype = s.dt_dtype,
+                    .parts = parts,
+                    .batch = s.batch,
+                    .T = w.T,
+                    .H = w.H,
+                    .G = static_cast<int>(s.G),
+                    .blocks = w.blocks,
+                    .splits = static_cast<int>(s.splits)};
+  for (int64_t row = 0; row < s.batch; row += s.rows) {
+    const int64_t rows = s.batch - row < s.rows ? s.batch - row : s.rows;
+    w.first_row = g.first_row = static_cast<int>(row);
+    const Grid heads{.blocks = dim3(static_cast<unsigned>(rows * s.H), 2),
+                     .threads = kWalkThreads,
+                     .shared_bytes = WalkPlace<N>::kSharedBytes};
+    launch(scan_walk_kernel<T, N>, heads, stream, x, B, dy, C, h_out, dh_out, w);
+    const Grid tokens{.blocks = dim3(static_cast<unsigned>(rows * blocks), static_cast<unsigned>(s.splits),
+                                     static_cast<unsigned>(s.G)),
+                      .threads = kGradientThreads,
+                      .shared_bytes = GradientPlace<N>::kSharedBytes};
+    launch(scan_gradient_kernel<T, N>, tokens, stream, x, dy, B, C, h_in, dh_in, dx, g);
+  }
+  const PartSums sums{.head_sums = work.head_sums,
+                      .dB_parts = work.dB_parts,
+                      .dC_parts = work.dC_parts,
+                      .dA = s.dA,
+                      .ddt_bias = s.ddt_bias,
+                      .dD = s.dD,
+                      .dB = s.dB,
+                      .dC = s.dC,
+                      .rows = s.batch * blocks,
+                      .H = s.H,
+                      .splits = s.splits,
+                      .size = s.batch * s.T * s.G * N};
+  const unsigned of_heads = static_cast<unsigned>(ceil_div(s.H, 8));
+  const unsigned of_groups = parts ? static_cast<unsigned>(ceil_div(sums.size, 1024)) : 0;
+  launch(sum_parts_kernel<T>, Grid{dim3(of_heads > of_groups ? of_heads : of_groups, parts ? 3 : 1), 256}, stream,
+         sums);
+}
+
+void ssd_scan_backward_hopper(const SsdScanBackward& s, Executor stream) {
+  const auto with_state = [&]<typename T>(T) {
+    s.N == 64 ? run_backward<T, 64>(s, stream) : run_backward<T, 128>(s, stream);
+  };
+  s.dtype == DType::kBFloat16 ? with_state(bf16()) : with_state(fp16());
+}
+
+}  // namespace bitkernels::cuda
