@@ -106,7 +106,7 @@ def _(
 
 
 @torch.library.register_fake("bitkernels::ssd_scan_hopper")
-def _(x, dt, A, B, C, D, z, dt_bias, initial_states, dt_softplus, dt_min, dt_max):
+def _(x, dt, A, B, C, D, z, dt_bias, initial_states, dt_softplus, dt_min, dt_max, parts, states_cost):
     return torch.ops.bitkernels.ssd_scan(x, dt, A, B, C, D, z, dt_bias, initial_states)
 
 
