@@ -491,6 +491,27 @@ def test_compile_and_cuda_graph(device):
         check_cuda_graph(lambda *tensors: run(case, tensors), plain)
 
 
+def test_without_gradients(device):
+    """Where none can be asked for, their code is skipped: eagerly, compiled, under transforms."""
+    case = Case(2, 40, 2, 16, 16, D="H", z=True)
+    tensors = inputs(case, device, torch.float32, requires_grad=True)
+    outputs = run(case, tensors)
+    compiled = torch.compile(lambda *tensors: run(case, tensors), fullgraph=True, backend="aot_eager")
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            for function in (lambda *tensors: run(case, tensors), compiled):
+                results = function(*tensors)
+                assert not any(result.requires_grad for result in results)
+                assert all(torch.equal(a, b) for a, b in zip(outputs, results, strict=True))
+
+    def loss(x):
+        with torch.no_grad():
+            constant = run(case, [x, *tensors[1:]])[0]
+        return (x * constant).sum()
+
+    assert_close("gradient", torch.func.grad(loss)(tensors[0].detach()), outputs[0].double())
+
+
 def test_compile_with_dynamic_time(device):
     case = Case(1, 33, 2, 16, 16)
     function = torch.compile(lambda *tensors: run(case, tensors), fullgraph=True, dynamic=True, backend="aot_eager")
