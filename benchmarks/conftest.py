@@ -39,14 +39,20 @@ def seed():
 
 
 @pytest.fixture
-def compare(benchmark, device, request):
+def record(request):
+    """Keeps a row under the name of the benchmark's file."""
+    return lambda row: _rows.setdefault(_operator(request.node), []).append(row)
+
+
+@pytest.fixture
+def compare(benchmark, device, record):
     """Times ours against its peers and keeps the row under the name of the benchmark's file."""
 
     def run(name: str, ours, peers, flops: float, headline: bool = False, weight_bytes: int = 0, **columns):
         timed = harness.compare(benchmark, device, ours, peers, flops, weight_bytes)
         row = {"case": name, **columns, **timed, "headline": headline}
         benchmark.extra_info.update(row)
-        _rows.setdefault(_operator(request.node), []).append(row)
+        record(row)
         return row
 
     return run

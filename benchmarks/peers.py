@@ -45,11 +45,11 @@ def gemlite_linear(name: str, bits: int, x: Tensor, codes: Tensor, scale: Tensor
     return Contender(name, make, size)
 
 
-def mamba_ssm(module: str, device: str) -> ModuleType | str:
-    """A Triton module of mamba_ssm.
+def mamba_ssm(module: str, device: str, folder: str = "ops.triton.") -> ModuleType | str:
+    """A module of mamba_ssm, of its Triton kernels where no other ``folder`` is given.
 
-    Importing the package imports compiled extensions and language models that its Triton modules do not use,
-    so those are imported from its folder without it.
+    Importing the package imports compiled extensions and language models that these modules do not use, so they are
+    imported from its folder without it.
     """
     if device != "cuda":
         return "mamba_ssm needs a GPU"
@@ -58,4 +58,4 @@ def mamba_ssm(module: str, device: str) -> ModuleType | str:
         return "mamba_ssm is not installed"
     if "mamba_ssm" not in sys.modules:
         sys.modules["mamba_ssm"] = importlib.util.module_from_spec(spec)
-    return _import(f"mamba_ssm.ops.triton.{module}")
+    return _import(f"mamba_ssm.{folder}{module}")

@@ -40,7 +40,15 @@ def peer_cells(row: dict, names: list[str]) -> list[str]:
 def table(rows: list[dict]) -> list[str]:
     """One line a case; a peer's cell is its time and how many times ours is faster."""
     peers = list(dict.fromkeys(name for row in rows for name in row["peers"]))
-    columns = ("tokens/s", "read GB/s", "% of read", "bitkernels, MB", "F.linear, MB", "simulation, MB")
+    columns = (
+        "tokens/s",
+        "read GB/s",
+        "% of read",
+        "bitkernels, MB",
+        "F.linear, MB",
+        "mamba_ssm bf16, MB",
+        "simulation, MB",
+    )
     extra = [key for key in columns if any(key in row for row in rows)]
     header = ["case", "us", "p20-p80", "GB/s", "TFLOP/s", *extra, *(f"{name}, us" for name in peers)]
     lines = [f"| {' | '.join(header)} |", f"| --- |{' ---: |' * (len(header) - 1)}"]

@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 
 # Public name -> the module that defines it.
 _PUBLIC = {
+    "add_rms_norm": "add_rms_norm",
     "bit_embedding": "bit_embedding",
     "build_info": "_ops",
     "causal_conv1d": "causal_conv1d",

@@ -159,6 +159,8 @@ def train(
     batch_size: Annotated[int, typer.Option(min=1, help="Windows in a step, of all processes together.")] = 8,
     accumulation: Annotated[int, typer.Option(min=1, help="Parts that a process does its windows in.")] = 1,
     recompute: Annotated[bool, typer.Option(help="Keep no activations of the blocks.")] = False,
+    replicate: Annotated[bool, typer.Option(help="Each process holds the model, instead of a share of it.")] = False,
+    capture: Annotated[bool, typer.Option(help="Launch a step as one CUDA graph: faster for small models.")] = False,
     length: Annotated[int, typer.Option(min=1, help="Tokens of a training window.")] = 128,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate. Default: the recipe's.")] = None,
     autocast: Annotated[bool, typer.Option(help="bf16 activations; latent weights stay fp32.")] = False,
@@ -209,6 +211,7 @@ def train(
             )
             options = {"batch_size": batch_size, "length": length, "seed": seed} | ({} if lr is None else {"lr": lr})
             options |= {"accumulation": accumulation, "recompute": recompute}
+            options |= {"replicate": replicate, "capture": capture}
             plan = chosen.train_config(steps, autocast=torch.bfloat16 if autocast else None, **options)
             plan = fit(
                 model, corpus, plan, console, "Training", seconds, source.model if chosen.distils else None,
@@ -262,7 +265,7 @@ def generate(
     top_k: Annotated[int | None, typer.Option(min=1, help="Draw from the k likeliest tokens.")] = None,
     top_p: Annotated[float, typer.Option(help="Draw from the likeliest that together reach p.")] = 0.9,
     min_p: Annotated[float, typer.Option(help="Draw from those of at least min_p times the likeliest.")] = 0.0,
-    repetition_penalty: Annotated[float, typer.Option(help="Divides the logits of tokens that occurred.")] = 1.0,
+    repetition_penalty: Annotated[float, typer.Option(help="Divides the logits of tokens that occurred.")] = 1.15,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same text.")] = None,
     dtype: Activations = Dtype.float32,
     state_dtype: StateDtype = Dtype.float32,

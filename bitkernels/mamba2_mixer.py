@@ -1,6 +1,7 @@
 """``mamba2_mixer``: everything between the two projections of a Mamba-2 block."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -100,6 +101,30 @@ def _split_conv(xbc: Tensor, width: int, heads: int, ngroups: int) -> tuple[Tens
     return x.unflatten(-1, (heads, -1)), B.unflatten(-1, (ngroups, -1)), C.unflatten(-1, (ngroups, -1))
 
 
+def _norm_backward(dy, y, z, weight, eps, group_size, dz):
+    gradients = torch.ops.bitkernels.gated_rms_norm_backward(dy, y, z, weight, eps, group_size)
+    dz.copy_(gradients[1])
+    return gradients
+
+
+def _convolution_backward(dy, x, weight, bias, initial_state, seq_idx, cu_seqlens, silu, dx):
+    gradients = torch.ops.bitkernels.causal_conv1d_backward(
+        dy, x, weight, bias, initial_state, seq_idx, cu_seqlens, silu
+    )  # fmt: skip
+    dx.copy_(gradients[0])
+    return gradients
+
+
+def _writers(device: torch.device) -> tuple[Callable, Callable]:
+    """The backwards of norm and convolution that write dz and dx to where their last argument says."""
+    if device.type == "cpu":
+        return _norm_backward, _convolution_backward
+    from bitkernels.triton.causal_conv1d import causal_conv1d_backward
+    from bitkernels.triton.gated_rms_norm import gated_rms_norm_backward
+
+    return gated_rms_norm_backward, causal_conv1d_backward
+
+
 @torch.library.impl("bitkernels::mamba2_mixer", "CompositeExplicitAutograd")
 def _(
     zxbcdt, conv_weight, conv_bias, dt_bias, A, D, norm_weight, initial_conv_state=None, initial_states=None,
@@ -130,16 +155,20 @@ def _(
     x, B, C = _split_conv(ops.causal_conv1d(*convolution), width, heads, ngroups)
     scan = x, dt, A, B, C, D, None, dt_bias, initial_states, seq_idx, cu_seqlens, True, dt_min, dt_max, chunk_size
     y = ops.ssd_scan(*scan)[0].flatten(2)
-    dy, dz, dnorm_weight = ops.gated_rms_norm_backward(dy, y, z, norm_weight, norm_eps, norm_group_size)
+    # The gradients of z, x B C and dt lie side by side, where what makes them writes them.
+    dzxbcdt = torch.empty(zxbcdt.shape, dtype=zxbcdt.dtype, device=zxbcdt.device)
+    dz, dxbc, ddt = _split(dzxbcdt, conv_weight.shape[0], heads)
+    norm_backward, convolution_backward = _writers(zxbcdt.device)
+    dy, _, dnorm_weight = norm_backward(dy, y, z, norm_weight, norm_eps, norm_group_size, dz)
     del y
-    dx, ddt, dA, dB, dC, dD, _, ddt_bias, dinitial_states = ops.ssd_scan_backward(
+    dx, own_ddt, dA, dB, dC, dD, _, ddt_bias, dinitial_states = ops.ssd_scan_backward(
         dy.unflatten(-1, (heads, -1)), dfinal_states, *scan
     )
+    ddt.copy_(own_ddt)
     del dy, x, B, C, scan
-    dxbc = torch.cat([dx.flatten(2), dB.flatten(2), dC.flatten(2)], -1)
+    dconvolved = torch.cat([dx.flatten(2), dB.flatten(2), dC.flatten(2)], -1)
     del dx, dB, dC
-    dxbc, dconv_weight, dconv_bias, dinitial_conv_state = ops.causal_conv1d_backward(dxbc, *convolution)
-    dzxbcdt = torch.cat([dz, dxbc, ddt], -1)
+    _, dconv_weight, dconv_bias, dinitial_conv_state = convolution_backward(dconvolved, *convolution, dxbc)
     return (
         dzxbcdt, dconv_weight, dconv_bias, ddt_bias, dA, dD, dnorm_weight, dinitial_conv_state, dinitial_states
     )  # fmt: skip

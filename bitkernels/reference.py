@@ -412,6 +412,12 @@ def mamba2_step(
     mamba2_out_step(residual, y.flatten(-2), out_norm, out_packed, out_alpha, out_beta, out_bias, out_eps)
 
 
+def add_rms_norm(residual: Tensor | None, branch: Tensor, weight: Tensor, eps: float = 1e-5) -> tuple[Tensor, Tensor]:
+    """total [..., width] and its norm."""
+    total = branch if residual is None else residual + branch
+    return total, total / (total.square().mean(-1, keepdim=True) + eps).sqrt() * weight
+
+
 def gated_rms_norm(x: Tensor, z: Tensor, weight: Tensor, eps: float = 1e-5, group_size: int | None = None) -> Tensor:
     """``RMSNorm(x * silu(z)) * weight`` over the last axis, in groups of ``group_size`` if given."""
     x = x * F.silu(z)

@@ -42,6 +42,13 @@ STABLE_TORCH_LIBRARY(bitkernels, m) {
       "Tensor");
 
   m.def(
+      "add_rms_norm(Tensor? residual, Tensor branch, Tensor weight, float eps, ScalarType dtype) -> "
+      "(Tensor total, Tensor normed)");
+  m.def(
+      "add_rms_norm_backward(Tensor? dtotal, Tensor? dnormed, Tensor total, Tensor weight, float eps, "
+      "ScalarType branch_dtype) -> (Tensor dresidual, Tensor dbranch, Tensor dweight)");
+
+  m.def(
       "ssd_scan(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D=None, Tensor? z=None, "
       "Tensor? dt_bias=None, Tensor? initial_states=None, Tensor? seq_idx=None, Tensor? cu_seqlens=None, "
       "bool dt_softplus=False, float dt_min=0.0, float? dt_max=None, int chunk_size=64) -> "

@@ -29,7 +29,10 @@ RUNS = {
     "signs": CONFIG,
     "whole weights": replace(CONFIG, signs_alone=False),
     "accumulated and recomputed": replace(CONFIG, accumulation=2, recompute=True),
-    "bfloat16": replace(CONFIG, autocast=torch.bfloat16),
+    "replicated": replace(CONFIG, replicate=True),
+    "replicated and accumulated": replace(CONFIG, replicate=True, accumulation=2),
+    # At a small rate few signs flip, which a rounding of 16 bits can decide.
+    "bfloat16": replace(CONFIG, autocast=torch.bfloat16, lr=5e-4),
 }
 # Models that runs of CONFIG train as well.
 MODELS = {

@@ -1,11 +1,13 @@
 """Values and gradients of the Mamba-2 kernels in Triton; run by test_triton_mixer.py under the interpreter."""
 
+import importlib
 import math
 
 import pytest
 import torch
 from helpers import TOLERANCE, assert_close, rms_error, wide
 
+import bitkernels
 from bitkernels import reference
 from bitkernels.triton import causal_conv1d as conv
 from bitkernels.triton import gated_rms_norm as norm
@@ -14,6 +16,7 @@ from bitkernels.triton import ssd_scan_backward, ssd_states
 from bitkernels.triton.launch import PLANS
 from bitkernels.triton.ssd_step import ssd_step
 
+mamba2_mixer = importlib.import_module("bitkernels.mamba2_mixer")
 SCAN_ARGUMENTS = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_states")
 # Blocks are of 16 tokens in float32, of 64 in 16-bit types; changes inside and on the edge of blocks.
 SEQ_IDX = [[0] * 10 + [1] * 23 + [0] + [2] * 16, [5] * 48 + [6] * 2]
@@ -221,6 +224,11 @@ def test_conv(case):
 
     dy = torch.randn(2, channels, T).to(dtype).mT
     y_ref.backward(dy.double())
+    wider = torch.full((2, T, channels + 9), 7.0, dtype=dtype)
+    expected = conv.causal_conv1d_backward(dy, *tensors, seq_idx, None, silu)[0]
+    conv.causal_conv1d_backward(dy, *tensors, seq_idx, None, silu, wider[..., 4:-5])
+    assert torch.equal(wider[..., 4:-5], expected)
+    assert (torch.cat([wider[..., :4], wider[..., -5:]], -1) == 7).all()
     for name, t, leaf, grad in zip(
         ("x", "weight", "bias", "initial_state"), tensors, leaves,
         conv.causal_conv1d_backward(dy, *tensors, seq_idx, None, silu), strict=True,
@@ -229,6 +237,31 @@ def test_conv(case):
             assert grad.numel() == 0
         else:
             assert_close(f"gradient of {name}", grad, leaf.grad)
+
+
+def test_mixer_gradients_lie_side_by_side(monkeypatch):
+    """The parts write into one tensor as they do on a GPU, and the gradients are those of the CPU's operators."""
+    monkeypatch.setattr(
+        mamba2_mixer, "_writers", lambda device: (norm.gated_rms_norm_backward, conv.causal_conv1d_backward)
+    )
+    B, T, H, P, N = 2, 40, 2, 16, 16
+    width, channels = H * P, H * P + 2 * N
+    seq_idx = torch.tensor([[0] * 10 + [1] * 30, [0] * 40], dtype=torch.int32)
+    leaves = [
+        torch.randn(shape, requires_grad=True)
+        for shape in ((B, T, width + channels + H), (channels, 4), (channels,), (H,), (H,), (H,), (width,))
+    ]
+    wide_leaves = wide(*leaves)
+    results = []
+    for x, conv_weight, conv_bias, dt_bias, A, D, norm_weight in (leaves, wide_leaves):
+        mixer = bitkernels.mamba2_mixer if x.dtype == torch.float32 else reference.mamba2_mixer
+        y = mixer(x, conv_weight, conv_bias, dt_bias, -A.exp(), D, norm_weight, seq_idx=seq_idx)
+        results.append(y[0] if isinstance(y, tuple) else y)
+    dy = torch.randn_like(results[0])
+    results[0].backward(dy)
+    results[1].backward(dy.double())
+    for own, expected in zip(leaves, wide_leaves, strict=True):
+        assert_close("gradient", own.grad, expected.grad)
 
 
 @pytest.mark.parametrize("width", [1, 2, 4])
@@ -254,6 +287,8 @@ def test_norm(shape, group_size, dtype):
     assert_close("y", norm.gated_rms_norm(x, z, weight, 1e-3, group_size), y_ref)
     dy = torch.randn(shape).to(dtype)
     y_ref.backward(dy.double())
-    grads = norm.gated_rms_norm_backward(dy, x, z, weight, 1e-3, group_size)
+    wider = torch.full((*shape[:-1], shape[-1] + 9), 7.0, dtype=dtype)
+    grads = norm.gated_rms_norm_backward(dy, x, z, weight, 1e-3, group_size, wider[..., 4:-5])
+    assert (torch.cat([wider[..., :4], wider[..., -5:]], -1) == 7).all()
     for name, grad, leaf in zip(("x", "z", "weight"), grads, leaves, strict=True):
         assert_close(f"gradient of {name}", grad, leaf.grad)

@@ -1,8 +1,10 @@
 """Text, tokenizer, losses, the bigram baseline and the loop."""
 
+import contextlib
 import io
 import lzma
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from rich.console import Console
 from bitkernels.data import encode, read_text, shipped_text, split_text, train_tokenizer
 from bitkernels.models import CONFIGS, BiMambaForCausalLM
 from bitkernels.nn import FBILinear
-from bitkernels.training import BigramModel, TrainConfig, perplexity, plan_steps, train
+from bitkernels.training import BigramModel, Checkpoints, TrainConfig, perplexity, plan_steps, train
 from bitkernels.training.run import Corpus, fit, student_of
 
 
@@ -110,6 +112,38 @@ def test_training_learns_and_repeats(corpus):
         results.append(perplexity(model, corpus.held_out[:1025], 32))
     assert results[0] < 0.6 * before
     assert results[0] == results[1]
+
+
+def test_steps_are_captured_on_a_gpu_alone(corpus):
+    config = TrainConfig(steps=1, batch_size=2, length=16, capture=True)
+    with pytest.raises(ValueError, match="capture needs a GPU"):
+        train(tiny(), corpus.train, config)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is visible")
+def test_captured_steps_have_the_same_bits(corpus, tmp_path):
+    """And a run may go on with captured steps, and without."""
+    config = TrainConfig(steps=9, batch_size=4, length=32, lr=5e-3, accumulation=2, autocast=torch.bfloat16)
+    captured = replace(config, capture=True)
+
+    def losses(config, checkpoints=None, stop=None):
+        found = {}
+
+        def on_step(step):
+            found[step.done] = step.loss
+            if step.done == stop:
+                raise KeyboardInterrupt
+
+        with contextlib.suppress(KeyboardInterrupt):
+            train(tiny().cuda(), corpus.train, config, on_step=on_step, checkpoints=checkpoints)
+        return {done: float(loss) for done, loss in found.items()}
+
+    expected = losses(config)
+    assert losses(captured) == expected
+    for first, second in ((captured, config), (config, captured)):
+        checkpoints = Checkpoints(tmp_path / str(first.capture), every=4)
+        assert losses(first, checkpoints, stop=5) | losses(second, checkpoints) == expected
 
 
 def test_distillation_moves_the_student_to_the_teacher(corpus):

@@ -18,8 +18,18 @@ class Batch:
     seq_idx: Tensor | None  # int32 [B, length], the document of each input, counted from 0; None for one document
 
     def to(self, device: torch.device) -> "Batch":
-        seq_idx = None if self.seq_idx is None else self.seq_idx.to(device, non_blocking=True)
-        return Batch(self.tokens.to(device, non_blocking=True), seq_idx)
+        return Batch(_to(self.tokens, device), None if self.seq_idx is None else _to(self.seq_idx, device))
+
+    def copy_(self, other: "Batch") -> None:
+        """Takes another batch's values, of the same shapes."""
+        self.tokens.copy_(other.tokens, non_blocking=True)
+        if self.seq_idx is not None:
+            self.seq_idx.copy_(other.seq_idx, non_blocking=True)
+
+
+def _to(t: Tensor, device: torch.device) -> Tensor:
+    """A copy on a GPU for which nothing waits: pageable memory would be read only when the GPU gets there."""
+    return t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t.to(device)
 
 
 class Windows:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from bitkernels import (
+    add_rms_norm,
     causal_conv1d_step,
     dense_linear,
     mamba2_in_step,
@@ -25,6 +26,7 @@ from bitkernels import (
 )
 from bitkernels.models.config import BiMambaConfig
 from bitkernels.nn import BitEmbedding, BitLinear, FBILinear, Int8Embedding, PackedLinear
+from bitkernels.nn.common import activation_dtype
 from bitkernels.nn.convert import empty_packed_
 
 if TYPE_CHECKING:
@@ -121,6 +123,10 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.eps).to(dtype)
+
+    def after(self, residual: Tensor | None, branch: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The residual with a block's output, and its norm; None is the residual before the first."""
+        return add_rms_norm(residual, branch, self.weight, self.eps, dtype)
 
 
 def _projection(config: BiMambaConfig, in_features: int, out_features: int, low_bit: bool) -> nn.Module:
@@ -391,12 +397,13 @@ class BiMambaForCausalLM(nn.Module):
 
     def hidden_states(self, ids: Tensor, seq_idx: Tensor | None = None, cache: BiMambaCache | None = None) -> Tensor:
         """[B, T] -> the normalised output of the last layer, [B, T, d_model]."""
-        hidden = self.embedding(ids)
-        dtype, residual = hidden.dtype, hidden.float()
+        residual, branch = None, self.embedding(ids)
+        dtype = activation_dtype(branch)
         for i, layer in enumerate(self.layers):
             states = (None, None) if cache is None else (cache.conv[i], cache.ssm[i])
-            residual = residual + layer.mixer(layer.norm(residual, dtype), seq_idx, *states).float()
-        return self.norm(residual, dtype)
+            residual, normed = layer.norm.after(residual, branch, dtype)
+            branch = layer.mixer(normed, seq_idx, *states)
+        return self.norm.after(residual, branch, dtype)[1]
 
     def logits(self, hidden: Tensor) -> Tensor:
         if self.head is not None:
@@ -433,11 +440,13 @@ class BiMambaForCausalLM(nn.Module):
     @torch.no_grad()
     def prefill_packed(self, ids: Tensor, packed: Packed, cache: BiMambaCache) -> Tensor:
         """Reads the tokens [1, T] of S sequences into their slots; returns the logits after each, [S, vocab_size]."""
-        hidden = self.embedding(ids)
-        dtype, residual = hidden.dtype, hidden.float()
+        residual, branch = None, self.embedding(ids)
+        dtype = branch.dtype
         for layer, conv, ssm in zip(self.layers, cache.conv, cache.ssm, strict=True):
-            residual = residual + layer.mixer(layer.norm(residual, dtype), None, conv, ssm, packed).float()
-        return self.next_logits(self.norm(residual[0, packed.cu_seqlens[1:] - 1], dtype))
+            residual, normed = layer.norm.after(residual, branch, dtype)
+            branch = layer.mixer(normed, None, conv, ssm, packed)
+        last = packed.cu_seqlens[1:] - 1
+        return self.next_logits(self.norm.after(residual[0, last], branch[0, last], dtype)[1])
 
     @torch.no_grad()
     def step(self, ids: Tensor, cache: BiMambaCache, slots: Slots | None = None) -> Tensor:

@@ -4,12 +4,17 @@ import torch
 from torch import Tensor
 
 
-def autocast_activation(x: Tensor) -> Tensor:
-    """Casts ``x`` to the autocast type. Latent weights and scales stay in fp32: their signs and means are the model."""
+def activation_dtype(x: Tensor) -> torch.dtype:
+    """The type of the products that ``x`` takes part in: autocast's where it is on, else its own."""
     device = x.device.type
     if x.is_floating_point() and torch.is_autocast_enabled(device):
-        return x.to(torch.get_autocast_dtype(device))
-    return x
+        return torch.get_autocast_dtype(device)
+    return x.dtype
+
+
+def autocast_activation(x: Tensor) -> Tensor:
+    """Casts ``x`` to the autocast type. Latent weights and scales stay in fp32: their signs and means are the model."""
+    return x.to(activation_dtype(x))
 
 
 def check_width(layer: str, x: Tensor, width: int) -> None:

@@ -63,6 +63,33 @@ def mean(t: Tensor) -> Tensor:
     return t
 
 
+def average_gradients_(model: nn.Module) -> None:
+    """Makes each gradient its mean over the processes, in one all-reduce; they then are views of one tensor."""
+    if world_size() == 1:
+        return
+    own = [p for p in model.parameters() if p.grad is not None]
+    flat = torch.cat([p.grad.flatten() for p in own])
+    dist.all_reduce(flat)
+    flat /= world_size()
+    for p, gradient in zip(own, flat.split([p.numel() for p in own]), strict=True):
+        p.grad = gradient.view_as(p)
+
+
+def clip_gradients_(model: nn.Module, most: float) -> Tensor:
+    """Scales the gradients down to a norm of ``most``, over all processes; returns the norm that they had.
+
+    On the shards themselves: an operation on DTensors takes the host a while for each of them.
+    """
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    shards = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
+    square = torch.stack(torch._foreach_norm(shards)).square().sum()
+    if is_sharded(model):
+        dist.all_reduce(square)
+    norm = square.sqrt()
+    torch._foreach_mul_(shards, (most / (norm + 1e-6)).clamp(max=1.0))
+    return norm
+
+
 def unique_mixers(model: BiMambaForCausalLM) -> list[nn.Module]:
     """The blocks in their order; one that layers share counts once."""
     return list(dict.fromkeys(layer.mixer for layer in model.layers))

@@ -5,20 +5,29 @@ import functools
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
-from bitkernels.data import Tokens, Windows
+from bitkernels.data import Batch, Tokens, Windows
 from bitkernels.models import BiMambaForCausalLM
+from bitkernels.training.captured import CapturedStep
 from bitkernels.training.checkpoints import Checkpoints
-from bitkernels.training.distributed import is_sharded, mean, rank, shard_, unique_mixers, world_size
+from bitkernels.training.distributed import (
+    average_gradients_,
+    clip_gradients_,
+    is_sharded,
+    mean,
+    rank,
+    shard_,
+    unique_mixers,
+    world_size,
+)
 from bitkernels.training.losses import training_loss
 
 # Of fields that say how a step is computed, and not what: a run may go on with others.
@@ -34,7 +43,8 @@ class TrainConfig:
     ``autocast`` is the type of the matmuls' activations (None: fp32); latent weights are always fp32.
     ``objective`` is that of ``distill_loss``, where there is a teacher. ``recompute`` keeps no activations inside the
     blocks, and computes them again in the backward. ``signs_alone`` says whether binary weights, where they are
-    sharded, travel as sign bits.
+    sharded, travel as sign bits; with ``replicate`` nothing is sharded: each process holds the model, and gradients are
+    averaged. ``capture`` launches a step as one CUDA graph.
     """
 
     steps: int
@@ -52,6 +62,8 @@ class TrainConfig:
     accumulation: int = field(default=1, metadata=_HOW)
     recompute: bool = field(default=False, metadata=_HOW)
     signs_alone: bool = field(default=True, metadata=_HOW)
+    replicate: bool = field(default=False, metadata=_HOW)
+    capture: bool = field(default=False, metadata=_HOW)
 
     @property
     def tokens(self) -> int:
@@ -112,7 +124,7 @@ def plan_steps(
     return max(1, min(config.steps, int(seconds / statistics.median(times[1:]))))
 
 
-def _parts(windows: Windows, step: int, config: TrainConfig) -> Iterator:
+def _parts(windows: Windows, step: int, config: TrainConfig) -> Iterator[Batch]:
     """This process's parts of a step's batch."""
     size = config.part_size(world_size())
     first = step * config.batch_size + rank() * config.accumulation * size
@@ -125,7 +137,10 @@ def _recomputed(model: BiMambaForCausalLM, recompute: bool) -> Iterator[None]:
     """While it lasts, the blocks keep no activations but their inputs."""
     mixers = unique_mixers(model) if recompute else []
     for mixer in mixers:
-        mixer.forward = functools.partial(checkpoint, mixer.forward, use_reentrant=False)
+        # Nothing in a block is random, and reading the generator's state is not for a graph.
+        mixer.forward = functools.partial(
+            checkpoint, mixer.forward, use_reentrant=False, preserve_rng_state=False
+        )  # fmt: skip
     try:
         yield
     finally:
@@ -158,8 +173,9 @@ def train(
 ) -> None:
     """Trains ``model`` in place: on the next token, or with ``teacher`` on its whole distribution.
 
-    Where ``torch.distributed`` runs several processes, the model is sharded over them (``shard_``) and stays so; every
-    process must call this with equal weights and arguments. The teacher is held whole by each.
+    Where ``torch.distributed`` runs several processes, the model is sharded over them (``shard_``) and stays so, unless
+    it is to be replicated; every process must call this with equal weights and arguments. The teacher is held whole by
+    each.
 
     With ``checkpoints`` a run that was stopped, at whatever moment, goes on where its last checkpoint is: the batches
     and the random numbers of a step depend on the seed and the step alone, so it repeats the unbroken run's losses to
@@ -171,12 +187,15 @@ def train(
         on_start: called with the number of steps that were done before.
 
     Raises:
-        ValueError: the batch cannot be shared out, the text is too short, or a checkpoint is of another run.
+        ValueError: the batch cannot be shared out, the text is too short, a step cannot be captured, or a checkpoint is
+            of another run.
     """
     config.part_size(world_size())
     windows = Windows(tokens, config.length, config.seed)
-    if world_size() > 1 and not is_sharded(model):
+    if world_size() > 1 and not config.replicate and not is_sharded(model):
         shard_(model, config.signs_alone)
+    if config.capture and (model.device.type != "cuda" or is_sharded(model)):
+        raise ValueError("train: capture needs a GPU, and with several processes replicate")
     optimizer = _optimizer(model, config)
     run = _description(config, windows)
     begin = checkpoints.load(run, model, optimizer) if checkpoints else 0
@@ -184,10 +203,15 @@ def train(
         on_start(begin)
     model.train()
     devices = [model.device] if model.device.type == "cuda" else []
+    update = functools.partial(_update, model, config, teacher, optimizer)
+    if config.capture:
+        update = CapturedStep(update, optimizer)
     with _recomputed(model, config.recompute), torch.random.fork_rng(devices):
         for step in range(begin, config.steps):
             torch.manual_seed(int(np.random.SeedSequence((config.seed, step, rank())).generate_state(1)[0]))
-            loss, norm = _update(model, windows, step, config, teacher, optimizer)
+            for group in optimizer.param_groups:
+                group["lr"] = config.lr_at(step)
+            loss, norm = update([part.to(model.device) for part in _parts(windows, step, config)])
             done = step + 1
             if on_step is not None:
                 on_step(Step(done, loss, norm, config.lr_at(step)))
@@ -198,24 +222,22 @@ def train(
 
 def _update(
     model: BiMambaForCausalLM,
-    windows: Windows,
-    step: int,
     config: TrainConfig,
     teacher: nn.Module | None,
     optimizer: torch.optim.Optimizer,
+    parts: Sequence[Batch],
 ) -> tuple[Tensor, Tensor]:
     """One step; returns its mean loss and the norm of its gradients."""
-    for group in optimizer.param_groups:
-        group["lr"] = config.lr_at(step)
     total = torch.zeros((), device=model.device)
-    for i, part in enumerate(_parts(windows, step, config)):
+    for i, part in enumerate(parts):
         if is_sharded(model):  # gradients are reduced once, when they are complete
             model.set_requires_gradient_sync(i == config.accumulation - 1)
-        part = part.to(model.device)
         loss = training_loss(model, part.tokens, part.seq_idx, teacher, config.objective, config.autocast)
         (loss / config.accumulation).backward()
         total += loss.detach() / config.accumulation
-    norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+    if not is_sharded(model):
+        average_gradients_(model)
+    norm = clip_gradients_(model, config.clip)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return mean(total), norm.full_tensor() if isinstance(norm, DTensor) else norm
+    return mean(total), norm

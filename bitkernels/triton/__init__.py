@@ -5,10 +5,10 @@ Loaded by ``bitkernels._ops``, which decides what serves CUDA tensors.
 
 
 def register_scan(dispatch_key: str = "CUDA") -> None:
-    """Registers the scan, convolution and norm for CUDA tensors."""
-    from bitkernels.triton import causal_conv1d, gated_rms_norm, ssd_scan
+    """Registers the scan, convolution and norms for CUDA tensors."""
+    from bitkernels.triton import add_rms_norm, causal_conv1d, gated_rms_norm, ssd_scan
 
-    for module in (causal_conv1d, gated_rms_norm, ssd_scan):
+    for module in (add_rms_norm, causal_conv1d, gated_rms_norm, ssd_scan):
         module.register(dispatch_key)
 
 

@@ -1,8 +1,9 @@
 """Depthwise causal convolution over time, channels last.
 
-A program takes a tile of tokens and channels and reads it once per tap; the repeated reads are of the same cache lines.
-The backward recomputes the convolution where SiLU needs it, at the tokens of the tile and at those its taps reach.
-Tiles belong to one sequence each, and kernels count tokens from its start.
+A program of the forward takes a tile of tokens and channels and reads it once per tap; the repeated reads are of the
+same cache lines. One of the backward goes along a strip of tokens, and of the last few keeps inputs and gradients in
+registers: each is read once, and the convolution, which SiLU needs, computed once. Tiles and strips belong to one
+sequence each, and kernels count tokens from its start.
 """
 
 import torch
@@ -24,8 +25,10 @@ from bitkernels.triton.ssd_states import Chunks, chunk_table
 
 BLOCK_T = 32
 BLOCK_C = 128
-# The backward holds an input for every pair of taps.
-BACKWARD_BLOCK_C = 64
+# Of the backward: tokens and channels of a program, and tokens whose loads are under way together.
+STRIP = 64
+STRIP_C = 256
+AT_ONCE = 4
 
 
 @triton.jit
@@ -144,6 +147,39 @@ def causal_conv1d_kernel(
     tl.store(p_y + o_y, y.to(p_y.dtype.element_ty), mask=(o_t < length)[:, None] & m_c[None, :])
 
 
+@triton.jit
+def load_input(
+    p_x, p_initial, l, low, high, o_c, C, stride_x_t, stride_x_c, stride_i_w, stride_i_c, WIDTH: tl.constexpr
+):  # fmt: skip
+    """[BLOCK_C] the input of a token of the strip: of the history below ``low``, zero where there is none."""
+    m_x = o_c < tl.where((l >= low) & (l < high), C, 0)
+    x = tl.load(p_x + l * stride_x_t + o_c * stride_x_c, mask=m_x, other=0.0).to(tl.float32)
+    if p_initial is not None:
+        o_w = l - low + WIDTH - 1
+        m_h = o_c < tl.where((l < low) & (o_w >= 0), C, 0)
+        x += tl.load(p_initial + o_w * stride_i_w + o_c * stride_i_c, mask=m_h, other=0.0).to(tl.float32)
+    return x
+
+
+@triton.jit
+def load_segment(p_seq_idx, l, low, high, stride_seq_t):
+    """The sequence of a token of the strip; the history's is that of the first token."""
+    if p_seq_idx is None:
+        return 0
+    else:
+        l = tl.minimum(tl.maximum(l, low), high - 1)
+        return tl.load(p_seq_idx + l * stride_seq_t, mask=high > low, other=0)
+
+
+@triton.jit
+def shifted(new, held, WIDTH: tl.constexpr):
+    """The last WIDTH values, the newest first."""
+    result = (new,)
+    for back in tl.static_range(0, WIDTH - 1):
+        result = result + (held[back],)
+    return result
+
+
 @triton.jit(do_not_specialize=["T"])
 def causal_conv1d_backward_kernel(
     p_dy,  # [B, T, C]
@@ -153,11 +189,11 @@ def causal_conv1d_backward_kernel(
     p_initial,  # [S, WIDTH - 1, C] or None
     p_seq_idx,  # [B, T] or None
     p_cu_seqlens,  # [S + 1] or None
-    p_sequence,  # [tiles] the sequence of each tile, or None
-    p_first,  # [S + 1] the first tile of each sequence, or None
-    p_dx,  # [B, T, C] contiguous
-    p_dweight,  # [tiles of all rows, WIDTH, C] float32
-    p_dbias,  # [tiles of all rows, C] float32, or None
+    p_sequence,  # [strips] the sequence of each strip, or None
+    p_first,  # [S + 1] the first strip of each sequence, or None
+    p_dx,  # [B, T, C], channels dense
+    p_dweight,  # [strips of all rows, WIDTH, C] float32
+    p_dbias,  # [strips of all rows, C] float32, or None
     p_dinitial,  # [S, WIDTH - 1, C] contiguous, or None
     T,
     C,
@@ -167,6 +203,8 @@ def causal_conv1d_backward_kernel(
     stride_x_b,
     stride_x_t,
     stride_x_c,
+    stride_dx_b,
+    stride_dx_t,
     stride_w_c,
     stride_w_w,
     stride_bias_c,
@@ -177,60 +215,99 @@ def causal_conv1d_backward_kernel(
     stride_seq_t,
     WIDTH: tl.constexpr,
     SILU: tl.constexpr,
-    BLOCK_T: tl.constexpr,
+    STRIP: tl.constexpr,
+    AT_ONCE: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    i_b, first, length, i_seq, i_tile = tile_span(T, p_cu_seqlens, p_sequence, p_first)
+    i_b, first, length, i_seq, i_strip = tile_span(T, p_cu_seqlens, p_sequence, p_first)
     i_row = tl.program_id(2).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
-    o_t = i_tile * BLOCK_T + tl.arange(0, BLOCK_T)
+    begin = i_strip * STRIP
     o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     m_c = o_c < C
-    p_dy += i_b * stride_dy_b + first * stride_dy_t
-    p_x += i_b * stride_x_b + first * stride_x_t
     if p_initial is not None:
         p_initial += i_seq * stride_i_b
-        o_t -= WIDTH - 1  # the tiles begin with the history, whose gradients are computed like those of x
+        begin -= WIDTH - 1  # the strips begin with the history, whose gradients are computed like those of x
+    # From here on tokens count from the strip's first, in 32 bits; those of the sequence are from low to high.
+    low = tl.maximum(-begin, -WIDTH).to(tl.int32)
+    high = tl.minimum(length - begin, STRIP + WIDTH).to(tl.int32)
+    p_dy += i_b * stride_dy_b + (first + begin) * stride_dy_t
+    p_x += i_b * stride_x_b + (first + begin) * stride_x_t
+    p_dx += i_b * stride_dx_b + (first + begin) * stride_dx_t
     if p_seq_idx is not None:
-        p_seq_idx += i_b * stride_seq_b + first * stride_seq_t
+        p_seq_idx += i_b * stride_seq_b + (first + begin) * stride_seq_t
 
-    dx = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
-    for ahead in tl.static_range(0, WIDTH):
-        o_r = o_t + ahead  # the output that reads this input as its tap `ahead` back
-        m_r = (o_r >= 0) & (o_r < length)
-        dy = tl.load(
-            p_dy + o_r[:, None] * stride_dy_t + o_c[None, :] * stride_dy_c,
-            mask=m_r[:, None] & m_c[None, :],
-            other=0.0,
-        ).to(tl.float32)
-        if SILU:
-            dy *= silu_gradient(
-                convolve(
-                    p_x, p_weight, p_bias, p_initial, p_seq_idx, o_r, o_c, m_c, length, stride_x_t, stride_x_c,
-                    stride_w_c, stride_w_w, stride_bias_c, stride_i_w, stride_i_c, stride_seq_t, WIDTH, BLOCK_T,
-                    BLOCK_C,
-                )
-            )  # fmt: skip
-        if ahead == 0:
+    zero = tl.zeros([BLOCK_C], tl.float32)
+    bias = zero
+    if p_bias is not None:
+        bias = tl.load(p_bias + o_c * stride_bias_c, mask=m_c, other=0.0).to(tl.float32)
+    # Newest first: inputs, gradients before the activation, and the sequences they belong to.
+    weight, inputs, gradients, segments, dweight = (), (), (), (), ()
+    for back in tl.static_range(0, WIDTH):
+        w = tl.load(p_weight + o_c * stride_w_c + (WIDTH - 1 - back) * stride_w_w, mask=m_c, other=0.0)
+        weight = weight + (w.to(tl.float32),)
+        inputs = inputs + (load_input(
+            p_x, p_initial, -1 - back, low, high, o_c, C, stride_x_t, stride_x_c, stride_i_w, stride_i_c, WIDTH
+        ),)  # fmt: skip
+        segments = segments + (load_segment(p_seq_idx, -1 - back, low, high, stride_seq_t),)
+        gradients = gradients + (zero,)
+        dweight = dweight + (zero,)
+    dbias = zero
+    for i_step in range(0, tl.cdiv(STRIP + WIDTH - 1, AT_ONCE)):
+        # Loads of some tokens are on their way before the first of them is needed.
+        read_x, read_dy, read_segment = (), (), ()
+        for i in tl.static_range(0, AT_ONCE):
+            l = i_step * AT_ONCE + i
+            read_x = read_x + (load_input(
+                p_x, p_initial, l, low, high, o_c, C, stride_x_t, stride_x_c, stride_i_w, stride_i_c, WIDTH
+            ),)  # fmt: skip
+            m_y = o_c < tl.where((l >= low) & (l < high), C, 0)
+            read_dy = read_dy + (tl.load(p_dy + l * stride_dy_t + o_c * stride_dy_c, mask=m_y, other=0.0),)
+            read_segment = read_segment + (load_segment(p_seq_idx, l, low, high, stride_seq_t),)
+        for i in tl.static_range(0, AT_ONCE):
+            l = i_step * AT_ONCE + i
+            inputs = shifted(read_x[i], inputs, WIDTH)
+            segments = shifted(read_segment[i], segments, WIDTH)
+            y = bias
             for back in tl.static_range(0, WIDTH):
-                tap = load_tap(
-                    p_x, p_initial, p_seq_idx, o_t, o_c, m_c, back, length, stride_x_t, stride_x_c, stride_i_w,
-                    stride_i_c, stride_seq_t, WIDTH,
-                )  # fmt: skip
-                o_part = (i_row * WIDTH + WIDTH - 1 - back) * C + o_c
-                tl.store(p_dweight + o_part, tl.sum(dy * tap, 0), mask=m_c)
-            if p_dbias is not None:
-                tl.store(p_dbias + i_row * C + o_c, tl.sum(dy, 0), mask=m_c)
-        if p_seq_idx is not None:
-            here = tl.load(p_seq_idx + tl.maximum(o_t, 0) * stride_seq_t, mask=tl.maximum(o_t, 0) < length, other=0)
-            there = tl.load(p_seq_idx + o_r * stride_seq_t, mask=m_r, other=0)
-            dy = tl.where((here == there)[:, None], dy, 0.0)
-        dx += dy * load_weight(p_weight, o_c, m_c, ahead, stride_w_c, stride_w_w, WIDTH)
+                tap = inputs[back]
+                if p_seq_idx is not None:
+                    tap = tl.where(segments[back] == segments[0], tap, 0.0)
+                y += tap * weight[back]
+            g = read_dy[i].to(tl.float32)
+            if SILU:
+                g *= silu_gradient(y)
+            gradients = shifted(g, gradients, WIDTH)
 
-    o_x = (i_b * T + first + o_t)[:, None] * C + o_c[None, :]
-    tl.store(p_dx + o_x, dx.to(p_dx.dtype.element_ty), mask=((o_t >= 0) & (o_t < length))[:, None] & m_c[None, :])
-    if p_dinitial is not None:
-        o_h = (i_seq * (WIDTH - 1) + o_t + WIDTH - 1)[:, None] * C + o_c[None, :]
-        tl.store(p_dinitial + o_h, dx.to(p_dinitial.dtype.element_ty), mask=(o_t < 0)[:, None] & m_c[None, :])
+            # What the strip adds up is of its own outputs; those after them belong to the next one.
+            own = tl.where(l < STRIP, g, 0.0)
+            sums = ()
+            for back in tl.static_range(0, WIDTH):
+                tap = inputs[back]
+                if p_seq_idx is not None:
+                    tap = tl.where(segments[back] == segments[0], tap, 0.0)
+                sums = sums + (dweight[back] + own * tap,)
+            dweight = sums
+            dbias += own
+
+            # Now the last of the outputs that read the input WIDTH - 1 tokens ago is known.
+            l -= WIDTH - 1
+            dx = zero
+            for back in tl.static_range(0, WIDTH):
+                later = gradients[back]
+                if p_seq_idx is not None:
+                    later = tl.where(segments[back] == segments[WIDTH - 1], later, 0.0)
+                dx += later * weight[WIDTH - 1 - back]
+            m_x = o_c < tl.where((l >= tl.maximum(low, 0)) & (l < tl.minimum(high, STRIP)), C, 0)
+            tl.store(p_dx + l * stride_dx_t + o_c, dx.to(p_dx.dtype.element_ty), mask=m_x)
+            if p_dinitial is not None:
+                o_h = (i_seq * (WIDTH - 1) + l - low + WIDTH - 1) * C + o_c
+                m_h = o_c < tl.where((l >= 0) & (l < low), C, 0)
+                tl.store(p_dinitial + o_h, dx.to(p_dinitial.dtype.element_ty), mask=m_h)
+
+    for back in tl.static_range(0, WIDTH):
+        tl.store(p_dweight + (i_row * WIDTH + WIDTH - 1 - back) * C + o_c, dweight[back], mask=m_c)
+    if p_dbias is not None:
+        tl.store(p_dbias + i_row * C + o_c, dbias, mask=m_c)
 
 
 @triton.jit
@@ -283,14 +360,15 @@ def _shared_strides(weight: Tensor, bias: Tensor | None, initial: Tensor | None,
     )
 
 
-def _tiles(T: int, cu_seqlens: Tensor | None, sequences: int, history: int) -> tuple[int, int, tuple]:
-    """Tiles of a row, rows, and what ``tile_span`` reads, where every sequence is longer by ``history``."""
+def _tiles(T: int, cu_seqlens: Tensor | None, sequences: int, length: int, history: int = 0) -> tuple[int, int, tuple]:
+    """Tiles of ``length`` tokens of a row, rows, and what ``tile_span`` reads, where every sequence is longer by
+    ``history``."""
     if cu_seqlens is None:
-        return triton.cdiv(T + history, BLOCK_T), sequences, (None, None, None)
+        return triton.cdiv(T + history, length), sequences, (None, None, None)
     # An upper bound, so that nothing waits for the device.
-    tiles = triton.cdiv(T + sequences * history, BLOCK_T) + sequences
+    tiles = triton.cdiv(T + sequences * history, length) + sequences
     ends = cu_seqlens + history * torch.arange(sequences + 1, device=cu_seqlens.device)
-    _, sequence, first = chunk_table(Chunks(T, BLOCK_T, BLOCK_T, tiles, sequences, packed=True), ends)
+    _, sequence, first = chunk_table(Chunks(T, length, length, tiles, sequences, packed=True), ends)
     return tiles, 1, (cu_seqlens.contiguous(), sequence, first)
 
 
@@ -309,7 +387,7 @@ def causal_conv1d(
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel() == 0:
         return y
-    tiles, rows, table = _tiles(T, cu_seqlens, sequences, 0)
+    tiles, rows, table = _tiles(T, cu_seqlens, sequences, BLOCK_T)
     causal_conv1d_kernel[(tiles, triton.cdiv(C, BLOCK_C), rows)](
         x, weight, bias, initial_state, seq_idx, *table, y, T, C,
         *x.stride(), *_shared_strides(weight, bias, initial_state, seq_idx),
@@ -327,15 +405,16 @@ def causal_conv1d_backward(
     seq_idx: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     silu: bool = True,
+    dx: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``bitkernels::causal_conv1d_backward``."""
+    """``bitkernels::causal_conv1d_backward``; ``dx`` is where that gradient is to be, perhaps a slice."""
     op = "causal_conv1d_backward"
     sequences = check_convolution(op, x, weight, bias, initial_state, seq_idx, cu_seqlens)
     check_like(op, "dy", dy, x, tuple(x.shape))
     T, C = x.shape[1:]
     width = weight.shape[1]
     fresh = {"dtype": torch.float32, "device": x.device}
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if dx is None else dx
     if initial_state is None:
         dinitial = torch.empty(0, **fresh)
     else:
@@ -343,14 +422,15 @@ def causal_conv1d_backward(
     if x.numel() == 0:
         dbias = torch.empty(0, **fresh) if bias is None else torch.zeros(C, **fresh)
         return dx, torch.zeros(C, width, **fresh), dbias, dinitial.zero_()
-    tiles, rows, table = _tiles(T, cu_seqlens, sequences, 0 if initial_state is None else width - 1)
-    dweight = torch.empty(rows * tiles, width, C, **fresh)
-    dbias = None if bias is None else torch.empty(rows * tiles, C, **fresh)
-    causal_conv1d_backward_kernel[(tiles, triton.cdiv(C, BACKWARD_BLOCK_C), rows)](
+    history = 0 if initial_state is None else width - 1
+    strips, rows, table = _tiles(T, cu_seqlens, sequences, STRIP, history)
+    dweight = torch.empty(rows * strips, width, C, **fresh)
+    dbias = None if bias is None else torch.empty(rows * strips, C, **fresh)
+    causal_conv1d_backward_kernel[(strips, triton.cdiv(C, STRIP_C), rows)](
         dy, x, weight, bias, initial_state, seq_idx, *table, dx, dweight, dbias,
         None if initial_state is None else dinitial, T, C,
-        *dy.stride(), *x.stride(), *_shared_strides(weight, bias, initial_state, seq_idx),
-        WIDTH=width, SILU=silu, BLOCK_T=BLOCK_T, BLOCK_C=BACKWARD_BLOCK_C, num_warps=4,
+        *dy.stride(), *x.stride(), *dx.stride()[:2], *_shared_strides(weight, bias, initial_state, seq_idx),
+        WIDTH=width, SILU=silu, STRIP=STRIP, AT_ONCE=AT_ONCE, BLOCK_C=STRIP_C, num_warps=2,
     )  # fmt: skip
     return dx, dweight.sum(0).T.contiguous(), torch.empty(0, **fresh) if dbias is None else dbias.sum(0), dinitial
 
