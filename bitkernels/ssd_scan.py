@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from bitkernels import _ops  # noqa: F401  (loads the operators)
-from bitkernels._autograd import register_autograd
+from bitkernels._autograd import register_autograd, skipping_autograd
+
+_scan = skipping_autograd(torch.ops.bitkernels.ssd_scan.default)
 
 
 def ssd_scan(
@@ -65,7 +67,7 @@ def ssd_scan(
     if not (state_dtype is None or state_dtype.is_floating_point):
         raise ValueError(f"ssd_scan: state_dtype must be a floating dtype, got {state_dtype}")
     dt_min, dt_max = dt_limit
-    y, final_states = torch.ops.bitkernels.ssd_scan(
+    y, final_states = _scan(
         x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, cu_seqlens, dt_softplus, dt_min,
         None if dt_max == math.inf else dt_max, chunk_size,
     )  # fmt: skip
@@ -106,7 +108,7 @@ def _(
 
 
 @torch.library.register_fake("bitkernels::ssd_scan_hopper")
-def _(x, dt, A, B, C, D, z, dt_bias, initial_states, dt_softplus, dt_min, dt_max):
+def _(x, dt, A, B, C, D, z, dt_bias, initial_states, dt_softplus, dt_min, dt_max, parts, states_cost):
     return torch.ops.bitkernels.ssd_scan(x, dt, A, B, C, D, z, dt_bias, initial_states)
 
 

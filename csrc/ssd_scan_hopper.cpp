@@ -19,7 +19,7 @@ std::tuple<Tensor, Tensor> ssd_scan_hopper(const Tensor& x, const Tensor& dt, co
                                            const Tensor& C, const std::optional<Tensor>& D,
                                            const std::optional<Tensor>& z, const std::optional<Tensor>& dt_bias,
                                            const std::optional<Tensor>& initial_states, bool dt_softplus, double dt_min,
-                                           std::optional<double> dt_max) {
+                                           std::optional<double> dt_max, int64_t parts, double states_cost) {
   constexpr const char* op = "ssd_scan_hopper";
   const Tensor dtd = dt.scalar_type() == ScalarType::Double ? as_dtype(dt, ScalarType::Float) : dt;
   const Tensor Ad = as_dtype(A, ScalarType::Float);
@@ -50,7 +50,9 @@ std::tuple<Tensor, Tensor> ssd_scan_hopper(const Tensor& x, const Tensor& dt, co
                          .T = x.size(1),
                          .H = x.size(2),
                          .G = B.size(2),
-                         .N = B.size(3)},
+                         .N = B.size(3),
+                         .parts = parts,
+                         .states_cost = states_cost},
                         launch);
   return {y, final_states};
 }

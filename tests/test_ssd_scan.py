@@ -254,6 +254,54 @@ def test_many_heads(case, dtype, device):
 
 @pytest.mark.gpu
 @pytest.mark.memcheck
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(1, 65, 24, 64, 128, D="H"),
+        Case(1, 256, 40, 64, 64, G=2, D="HP", z=True, initial=True),
+        Case(1, 450, 48, 64, 128, D="H", initial=True),
+        Case(2, 330, 20, 64, 128, G=4, z=True, softplus=False, dt_limit=(0.001, 0.5)),
+    ],
+    ids=str,
+)
+def test_shared_sequences(case, monkeypatch):
+    """Thread blocks that share a sequence make the same bits as one alone, wherever their parts begin."""
+    if not (torch.cuda.is_available() and has_hopper_kernels("cuda")):
+        pytest.skip("no Hopper GPU is visible")
+    from bitkernels.triton import launch, ssd_hopper, ssd_scan
+
+    tensors = joined_inputs(case, "cuda", torch.bfloat16)
+    parts = ssd_hopper.forward_parts(tensors[0])
+    assert parts > 1
+    outputs_ref = run_reference(case, tensors)
+
+    def divided(parts, states_cost):
+        monkeypatch.setattr(ssd_scan, "forward_parts", lambda x: parts)
+        monkeypatch.setattr(ssd_scan, "STATES_COST", states_cost)
+        monkeypatch.setattr(launch, "PLANS", {})
+        return run(case, tensors)
+
+    alone = divided(1, 0.0)
+    for name, out, ref in zip(("y", "final_states"), alone, outputs_ref, strict=True):
+        assert_close(name, out, ref, TOLERANCE[torch.bfloat16])
+    for share in range(2, parts + 1):
+        for states_cost in (0.0, ssd_hopper.STATES_COST, 0.9):
+            outputs = divided(share, states_cost)
+            assert all(torch.equal(a, b) for a, b in zip(alone, outputs, strict=True))
+
+
+@pytest.mark.gpu
+def test_too_many_parts():
+    if not (torch.cuda.is_available() and has_hopper_kernels("cuda")):
+        pytest.skip("no Hopper GPU is visible")
+    x, dt, A, B, C = inputs(Case(1, 65, 24, 64, 128), "cuda", torch.bfloat16)[:5]
+    for parts in (0, 3, 5):
+        with pytest.raises(ValueError, match="parts"):
+            torch.ops.bitkernels.ssd_scan_hopper(x, dt, A, B, C, None, None, None, None, True, 0.0, None, parts, 0.4)
+
+
+@pytest.mark.gpu
+@pytest.mark.memcheck
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("case", MANY_HEADS, ids=str)
 def test_gradients_of_many_heads(case, dtype, monkeypatch):
@@ -441,6 +489,27 @@ def test_compile_and_cuda_graph(device):
     check_compile(lambda *tensors: run(case, tensors), plain)
     if device == "cuda":
         check_cuda_graph(lambda *tensors: run(case, tensors), plain)
+
+
+def test_without_gradients(device):
+    """Where none can be asked for, their code is skipped: eagerly, compiled, under transforms."""
+    case = Case(2, 40, 2, 16, 16, D="H", z=True)
+    tensors = inputs(case, device, torch.float32, requires_grad=True)
+    outputs = run(case, tensors)
+    compiled = torch.compile(lambda *tensors: run(case, tensors), fullgraph=True, backend="aot_eager")
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            for function in (lambda *tensors: run(case, tensors), compiled):
+                results = function(*tensors)
+                assert not any(result.requires_grad for result in results)
+                assert all(torch.equal(a, b) for a, b in zip(outputs, results, strict=True))
+
+    def loss(x):
+        with torch.no_grad():
+            constant = run(case, [x, *tensors[1:]])[0]
+        return (x * constant).sum()
+
+    assert_close("gradient", torch.func.grad(loss)(tensors[0].detach()), outputs[0].double())
 
 
 def test_compile_with_dynamic_time(device):

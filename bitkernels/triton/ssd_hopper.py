@@ -1,8 +1,9 @@
 """Which scans the CUDA C++ kernels for Hopper GPUs take (csrc/cuda/ssd_scan*_hopper.cu), and how they divide them.
 
 They are built for 16-bit types, P = 64 and N = 64 or 128, know no ``seq_idx`` and ``cu_seqlens``, and their copy engine
-wants everything on 16-byte boundaries. They walk a head in one thread block from beginning to end: with heads for less
-than three tenths of the GPU in the whole batch, the chunks of the Triton kernels are faster.
+wants everything on 16-byte boundaries. They walk a head in one thread block from beginning to end: with heads for a
+small part of the GPU in the whole batch, the chunks of the Triton kernels are faster. In the forward several thread
+blocks may share a sequence: each leads the state from its beginning and makes outputs of a part of it.
 """
 
 import torch
@@ -11,6 +12,12 @@ from torch import Tensor
 from bitkernels.triton.arguments import cdiv
 
 BLOCK_T = 64
+# Heads of the whole batch, in processors, from which on the kernels are faster than Triton's.
+FORWARD_HEADS, BACKWARD_HEADS = 0.18, 0.3
+# Of 64 tokens that only the state passes, in such with outputs.
+STATES_COST = 0.4
+# Of a sequence: more would make less outputs each than states before them.
+MAX_PARTS = 4
 # Of states and their gradients: of sequences held at once, and of the longest sequence.
 STATE_BYTES = 2**27
 MAX_STATE_BYTES = 2**32
@@ -24,7 +31,14 @@ def boxed(t: Tensor) -> bool:
     return t.stride(3) == 1 and t.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in strides)
 
 
-def fits(op: str, x: Tensor, B: Tensor, tiles: tuple[Tensor | None, ...], states: tuple[Tensor | None, ...]) -> bool:
+def fits(
+    op: str,
+    heads: float,
+    x: Tensor,
+    B: Tensor,
+    tiles: tuple[Tensor | None, ...],
+    states: tuple[Tensor | None, ...],
+) -> bool:
     """What both directions of time ask for; ``tiles`` are read by the copy engine."""
     if not (x.is_cuda and torch._C._dispatch_has_kernel_for_dispatch_key(f"bitkernels::{op}", "CUDA")):
         return False
@@ -35,12 +49,21 @@ def fits(op: str, x: Tensor, B: Tensor, tiles: tuple[Tensor | None, ...], states
     if any(t.data_ptr() % 16 != 0 for t in states if t is not None):
         return False
     device = torch.cuda.get_device_properties(x.device)
-    return (device.major, device.minor) == (9, 0) and x.shape[0] * x.shape[2] >= 0.3 * device.multi_processor_count
+    return (device.major, device.minor) == (9, 0) and x.shape[0] * x.shape[2] >= heads * device.multi_processor_count
 
 
 def on_hopper(x, B, C, z, initial_states, seq_idx, cu_seqlens) -> bool:
     """Whether the kernel of the forward scan takes it."""
-    return seq_idx is None and cu_seqlens is None and fits("ssd_scan_hopper", x, B, (x, B, C, z), (initial_states,))
+    if seq_idx is not None or cu_seqlens is not None:
+        return False
+    return fits("ssd_scan_hopper", FORWARD_HEADS, x, B, (x, B, C, z), (initial_states,))
+
+
+def forward_parts(x: Tensor) -> int:
+    """Thread blocks that share a sequence: as many as run at once and have outputs to make."""
+    batch, T, H, _ = x.shape
+    at_once = torch.cuda.get_device_properties(x.device).multi_processor_count // (batch * H)
+    return max(1, min(at_once, MAX_PARTS, cdiv(T, BLOCK_T)))
 
 
 def row_bytes(x: Tensor, B: Tensor) -> int:
@@ -55,7 +78,7 @@ def backward_on_hopper(dy, dfinal_states, x, dt, B, C, D, z, initial_states, seq
         return False
     if dt.dtype == torch.float64 or row_bytes(x, B) > MAX_STATE_BYTES:
         return False
-    return fits("ssd_scan_backward_hopper", x, B, (dy, x, B, C), (dfinal_states, initial_states))
+    return fits("ssd_scan_backward_hopper", BACKWARD_HEADS, x, B, (dy, x, B, C), (dfinal_states, initial_states))
 
 
 def divide_backward(x: Tensor, B: Tensor) -> tuple[int, int]:

@@ -13,7 +13,7 @@ from bitkernels.triton.arguments import cdiv
 from bitkernels.triton.elementwise import silu, step_options
 from bitkernels.triton.launch import Launch, layout, planned
 from bitkernels.triton.mixer_arguments import check_scan
-from bitkernels.triton.ssd_hopper import on_hopper
+from bitkernels.triton.ssd_hopper import STATES_COST, forward_parts, on_hopper
 from bitkernels.triton.ssd_scan_backward import ssd_scan_backward
 from bitkernels.triton.ssd_states import (
     Decays,
@@ -180,7 +180,8 @@ class ScanPlan:
             return
         self.hopper = on_hopper(x, B, C, z, initial_states, seq_idx, cu_seqlens)
         if self.hopper:
-            self.options = dt_softplus, dt_min, dt_max
+            self.options = dt_softplus, dt_min, dt_max, forward_parts(x), STATES_COST
+            self.scan = torch.ops.bitkernels.ssd_scan_hopper.default
             return
         x, B, C, z, seq_idx, cu_seqlens = dense_inputs(x, B, C, z, seq_idx, cu_seqlens)
         tile = scan_tile(x.dtype, P, N)
@@ -196,8 +197,7 @@ class ScanPlan:
 
     def __call__(self, x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, cu_seqlens) -> tuple[Tensor, Tensor]:
         if x.numel() > 0 and self.hopper:
-            scan = torch.ops.bitkernels.ssd_scan_hopper.default
-            return scan(x, dt, A, B, C, D, z, dt_bias, initial_states, *self.options)
+            return self.scan(x, dt, A, B, C, D, z, dt_bias, initial_states, *self.options)
         y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         final = torch.empty(self.final_shape, dtype=torch.float32, device=x.device)
         initial = None if initial_states is None else initial_states.contiguous()

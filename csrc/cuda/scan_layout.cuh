@@ -38,9 +38,10 @@ struct ScanProblem {
   DType dt_dtype;
   bool dt_softplus;
   int T, H, heads_per_group, blocks;
+  int begins[kMostScanParts + 1];  // of the parts of a sequence, in blocks
 };
 
-// The head a thread block walks through, and where things are in its shared memory.
+// The head and part a thread block walks through, and where things are in its shared memory.
 template <int N>
 struct ScanPlace {
   static constexpr int kBoxes = N / 64;
@@ -63,6 +64,7 @@ struct ScanPlace {
   SharedAddress states;   // [output groups] of [64, N], in boxes of 64 columns
   SharedAddress outputs;  // [output groups] of [tokens, 64]
   int row, head, group;
+  int begin, end;  // of the blocks it makes outputs of; only the state passes those before
 
   __device__ ScanPlace(uint4* shared, const ScanProblem& p) {
     decays = reinterpret_cast<ScanDecays*>(shared);
@@ -77,6 +79,8 @@ struct ScanPlace {
     row = static_cast<int>(blockIdx.x) / p.H;
     head = static_cast<int>(blockIdx.x) % p.H;
     group = head / p.heads_per_group;
+    begin = p.begins[blockIdx.y];
+    end = p.begins[blockIdx.y + 1];
   }
 
   // Lane 0 of every warp of a warpgroup says that it has read a stage.

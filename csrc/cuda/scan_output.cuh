@@ -16,7 +16,7 @@ __device__ void make_outputs(const ScanPlace<N>& at, const ScanProblem& p, const
   const SharedAddress state = at.states + group * Place::kStateBytes;
   const SharedAddress out = at.outputs + group * kScanBoxBytes;
   const int tile_at = in_box(16 * warp + lane % 16, lane / 16);  // for loads and stores of four tiles at once
-  const int blocks = uniform(p.blocks);
+  const int begin = uniform(at.begin), end = uniform(at.end);
   // Every warp stores the outputs of its own tokens.
   const auto store = [&](int b) {
     copy_engine_fence();
@@ -27,7 +27,12 @@ __device__ void make_outputs(const ScanPlace<N>& at, const ScanProblem& p, const
     }
   };
 
-  for (int b = group; b < blocks; b += kOutputGroups) {
+  int b = group;
+  for (; b < begin; b += kOutputGroups) {  // a warp must see every phase of the barriers it waits for
+    at.wait_full(b);
+    at.release(b, lane);
+  }
+  for (; b < end; b += kOutputGroups) {
     at.wait_full(b);
     const SharedAddress stage = at.stage(b);
     const ScanDecays& decays = at.decays[b % kScanStages];
@@ -47,7 +52,7 @@ __device__ void make_outputs(const ScanPlace<N>& at, const ScanProblem& p, const
       wgmma(T(), pairs, c[k], B + (k / 4 * kScanBoxBytes + k % 4 * 32) / 16, k > 0);
     }
     wgmma_commit();
-    barrier_wait(at.written + 8 * group, b / kOutputGroups % 2);
+    barrier_wait(at.written + 8 * group, (b - begin) / kOutputGroups % 2);
     const uint64_t H = wgmma_descriptor(state);
     wgmma_fence();
 #pragma unroll
@@ -72,7 +77,7 @@ __device__ void make_outputs(const ScanPlace<N>& at, const ScanProblem& p, const
       }
     }
     // The outputs of the last block, whose writes to shared memory have ended by now.
-    if (b != group) store(b - kOutputGroups);
+    if (b - kOutputGroups >= begin) store(b - kOutputGroups);
     wgmma_wait<1>();
     pin(pairs);
     uint32_t weights[kSteps][4];
@@ -134,7 +139,7 @@ __device__ void make_outputs(const ScanPlace<N>& at, const ScanProblem& p, const
                      pack_pair(T(), y[4 * i + 6], y[4 * i + 7]));
     }
   }
-  if (group < blocks) store((blocks - 1 - group) / kOutputGroups * kOutputGroups + group);
+  if (b - kOutputGroups >= begin) store(b - kOutputGroups);
   if (lane == 0) wait_for_stores();
 }
 

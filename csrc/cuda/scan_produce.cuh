@@ -6,20 +6,21 @@
 namespace bitkernels::cuda {
 
 template <int N>
-__device__ void produce_tiles(const ScanPlace<N>& at, int blocks, const CUtensorMap& x, const CUtensorMap& B,
+__device__ void produce_tiles(const ScanPlace<N>& at, const CUtensorMap& x, const CUtensorMap& B,
                               const CUtensorMap& C) {
   using Place = ScanPlace<N>;
-  for (int b = 0; b < blocks; ++b) {
+  for (int b = 0; b < at.end; ++b) {
     at.wait_empty(b);
     const SharedAddress stage = at.stage(b);
     const SharedAddress full = at.full + b % kScanStages * 8;
     const int token = b * kScanTokens;
-    barrier_arrive_expecting(full, Place::kStageBytes);
+    barrier_arrive_expecting(full, b < at.begin ? Place::kC : Place::kStageBytes);
     load_tokens(&x, stage, full, 0, at.head, token, at.row);
 #pragma unroll
     for (int i = 0; i < Place::kBoxes; ++i) {
       load_tokens(&B, stage + Place::kB + i * kScanBoxBytes, full, 64 * i, at.group, token, at.row);
     }
+    if (b < at.begin) continue;
 #pragma unroll
     for (int i = 0; i < Place::kBoxes; ++i) {
       load_tokens(&C, stage + Place::kC + i * kScanBoxBytes, full, 64 * i, at.group, token, at.row);
@@ -79,7 +80,7 @@ __device__ void produce_decays(const ScanPlace<N>& at, const ScanProblem& p, int
   const auto step_size = [&](float v) { return clamp_step(p.dt_softplus ? soft_plus(v) : v, p.dt_min, p.dt_max); };
   uint32_t next[2];
   reader.fetch(warp, lane, next);
-  for (int b = warp; b < p.blocks; b += kDecayWarps) {
+  for (int b = warp; b < at.end; b += kDecayWarps) {
     const float v[2] = {reader.value(next[0]), reader.value(next[1])};
     reader.fetch(b + kDecayWarps, lane, next);
     const int left = p.T - b * kScanTokens - 2 * lane;

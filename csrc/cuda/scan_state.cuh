@@ -82,14 +82,16 @@ __device__ void lead_state(const ScanPlace<N>& at, const ScanProblem& p) {
   };
 
   const int h_at = in_box(16 * warp + lane % 16, lane / 16);
-  const int blocks = uniform(p.blocks);  // in a register: a load would wait behind the stores
+  const int begin = uniform(at.begin), end = uniform(at.end);  // in registers: a load would wait behind the stores
   uint32_t a[kSteps][4];
   added(0, a);
-  for (int b = 0; b < blocks; ++b) {
-    // The next block waits for this product alone: while it runs, the state before it is written.
+  for (int b = 0; b < end; ++b) {
+    // The next block waits for this product alone: while it runs, the state before it is written if outputs need it.
     uint32_t before[N / 4];
+    if (b >= begin) {
 #pragma unroll
-    for (int i = 0; i < N / 4; ++i) before[i] = pack_pair(T(), h[2 * i], h[2 * i + 1]);
+      for (int i = 0; i < N / 4; ++i) before[i] = pack_pair(T(), h[2 * i], h[2 * i + 1]);
+    }
     const float kept = at.decays[b % kScanStages].kept;
 #pragma unroll
     for (int i = 0; i < N / 2; ++i) h[i] *= kept;
@@ -100,13 +102,17 @@ __device__ void lead_state(const ScanPlace<N>& at, const ScanProblem& p) {
     wgmma_commit();
 
     const int slot = b % kOutputGroups;
-    barrier_wait(at.read + 8 * slot, b / kOutputGroups % 2 ^ 1);
-    store_boxes(at.states + slot * Place::kStateBytes, h_at, before);
+    if (b >= begin) {
+      barrier_wait(at.read + 8 * slot, (b - begin) / kOutputGroups % 2 ^ 1);
+      store_boxes(at.states + slot * Place::kStateBytes, h_at, before);
+    }
     uint32_t next[kSteps][4];
-    if (b + 1 < blocks) added(b + 1, next);
-    copy_engine_fence();
-    __syncwarp();
-    if (lane == 0) barrier_arrive(at.written + 8 * slot);
+    if (b + 1 < end) added(b + 1, next);
+    if (b >= begin) {
+      copy_engine_fence();
+      __syncwarp();
+      if (lane == 0) barrier_arrive(at.written + 8 * slot);
+    }
     wgmma_wait<0>();
     pin(h);
     pin(a);
@@ -117,7 +123,7 @@ __device__ void lead_state(const ScanPlace<N>& at, const ScanProblem& p) {
       for (int i = 0; i < 4; ++i) a[k][i] = next[k][i];
     }
   }
-  store_state<N>(p.final_states + of_state, row, t, h);
+  if (end == p.blocks) store_state<N>(p.final_states + of_state, row, t, h);
 }
 
 }  // namespace bitkernels::cuda

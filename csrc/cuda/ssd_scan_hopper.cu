@@ -1,6 +1,10 @@
 // The forward SSD scan on Hopper: a thread block walks through one head of one batch row, 64 tokens at a time, in a
 // single pass. One warpgroup fetches, one leads the state, two make outputs of every other block: the recurrence
-// waits for a product of 64 x 64 x N in every block and for nothing else. See docs/kernels/ssd_scan.md.
+// waits for a product of 64 x 64 x N in every block and for nothing else. Where heads are few, thread blocks share a
+// sequence: each leads the state from its beginning, and makes outputs of a part. See docs/kernels/ssd_scan.md.
+#include <algorithm>
+#include <cmath>
+
 #include "scan_output.cuh"
 #include "scan_produce.cuh"
 
@@ -37,7 +41,7 @@ __global__ void __launch_bounds__(kScanThreads, 1)
     if (warp < kDecayWarps) {
       produce_decays(at, p, warp, lane);
     } else if (warp == kDecayWarps && lane == 0) {
-      produce_tiles(at, p.blocks, x, B, C);
+      produce_tiles(at, x, B, C);
     }
   } else if (group == 1) {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 152;");
@@ -49,36 +53,55 @@ __global__ void __launch_bounds__(kScanThreads, 1)
 #endif
 }
 
+// Every part has 1 - states_cost times the blocks of the part before: all take equally long, as
+// states_cost * begin + (end - begin) then is the same for all.
+void divide(const SsdScan& s, ScanProblem& p) {
+  if (s.parts < 1 || s.parts > kMostScanParts || s.parts > p.blocks) {
+    throw std::invalid_argument("bitkernels: ssd_scan_hopper: parts must be 1 to 4 and no more than there are blocks");
+  }
+  double share = 1.0, total = 0.0;
+  for (int i = 0; i < s.parts; ++i, share *= 1.0 - s.states_cost) total += share;
+  double begin = 0.0;
+  share = p.blocks / total;
+  for (int i = 0; i < s.parts; ++i, share *= 1.0 - s.states_cost) {
+    p.begins[i] = std::clamp(static_cast<int>(std::lround(begin)), i > 0 ? p.begins[i - 1] + 1 : 0,
+                             p.blocks - static_cast<int>(s.parts) + i);
+    begin += share;
+  }
+  p.begins[s.parts] = p.blocks;
+}
+
 template <typename T, int N>
 void run_scan(const SsdScan& s, cudaStream_t stream) {
   const auto map = [&](const ScanTensor& t, int64_t heads, int64_t columns, int tokens = kScanTokens) {
     return tokens_map<T>(t.data, {s.batch, s.T, heads, columns}, {t.batch, t.time, t.head}, tokens);
   };
   const ScanTensor y{s.y, s.T * s.H * kHeaddim, s.H * kHeaddim, kHeaddim};
-  const ScanProblem p{.dt = s.dt.data,
-                      .z = s.z.data,
-                      .A = s.A,
-                      .D = s.D,
-                      .dt_bias = s.dt_bias,
-                      .initial_states = s.initial_states,
-                      .final_states = s.final_states,
-                      .dt_batch = s.dt.batch,
-                      .dt_time = s.dt.time,
-                      .dt_head = s.dt.head,
-                      .z_batch = s.z.batch,
-                      .z_time = s.z.time,
-                      .z_head = s.z.head,
-                      .D_head = s.D_head,
-                      .D_channel = s.D_channel,
-                      .dt_min = s.dt_min,
-                      .dt_max = s.dt_max,
-                      .dt_dtype = s.dt_dtype,
-                      .dt_softplus = s.dt_softplus,
-                      .T = static_cast<int>(s.T),
-                      .H = static_cast<int>(s.H),
-                      .heads_per_group = static_cast<int>(s.H / s.G),
-                      .blocks = static_cast<int>(ceil_div(s.T, kScanTokens))};
-  const Grid grid{.blocks = dim3(static_cast<unsigned>(s.batch * s.H)),
+  ScanProblem p{.dt = s.dt.data,
+                .z = s.z.data,
+                .A = s.A,
+                .D = s.D,
+                .dt_bias = s.dt_bias,
+                .initial_states = s.initial_states,
+                .final_states = s.final_states,
+                .dt_batch = s.dt.batch,
+                .dt_time = s.dt.time,
+                .dt_head = s.dt.head,
+                .z_batch = s.z.batch,
+                .z_time = s.z.time,
+                .z_head = s.z.head,
+                .D_head = s.D_head,
+                .D_channel = s.D_channel,
+                .dt_min = s.dt_min,
+                .dt_max = s.dt_max,
+                .dt_dtype = s.dt_dtype,
+                .dt_softplus = s.dt_softplus,
+                .T = static_cast<int>(s.T),
+                .H = static_cast<int>(s.H),
+                .heads_per_group = static_cast<int>(s.H / s.G),
+                .blocks = static_cast<int>(ceil_div(s.T, kScanTokens))};
+  divide(s, p);
+  const Grid grid{.blocks = dim3(static_cast<unsigned>(s.batch * s.H), static_cast<unsigned>(s.parts)),
                   .threads = kScanThreads,
                   .shared_bytes = ScanPlace<N>::kSharedBytes};
   launch(ssd_scan_kernel<T, N>, grid, stream, map(s.x, s.H, kHeaddim), map(s.B, s.G, N), map(s.C, s.G, N),

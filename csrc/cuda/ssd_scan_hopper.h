@@ -11,6 +11,9 @@ struct ScanTensor {
   int64_t batch, time, head;
 };
 
+// Thread blocks that share a sequence, at most.
+constexpr int kMostScanParts = 4;
+
 struct SsdScan {
   ScanTensor x;                 // [B, T, H, 64] dtype
   ScanTensor B, C;              // [B, T, G, N] dtype
@@ -27,9 +30,11 @@ struct SsdScan {
   bool dt_softplus;
   float dt_min, dt_max;
   int64_t batch, T, H, G, N;
+  int64_t parts;       // of a sequence, each made by a thread block
+  double states_cost;  // of 64 tokens that only the state passes, in such with outputs
 };
 // x, B, C, z, initial_states and y lie on 16-byte boundaries, and so do the strides of the first four; dtype is 16 bits
-// wide, N 64 or 128, T at least 1.
+// wide, N 64 or 128, T at least 1, and every part has a block of 64 tokens.
 void ssd_scan_hopper(const SsdScan&, Executor);
 
 }  // namespace bitkernels::cuda
