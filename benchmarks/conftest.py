@@ -48,8 +48,11 @@ def record(request):
 def compare(benchmark, device, record):
     """Times ours against its peers and keeps the row under the name of the benchmark's file."""
 
-    def run(name: str, ours, peers, flops: float, headline: bool = False, weight_bytes: int = 0, **columns):
-        timed = harness.compare(benchmark, device, ours, peers, flops, weight_bytes)
+    def run(
+        name: str, ours, peers, flops: float, headline: bool = False, weight_bytes: int = 0, rounds: int | None = None,
+        **columns,
+    ):  # fmt: skip
+        timed = harness.compare(benchmark, device, ours, peers, flops, weight_bytes, rounds)
         row = {"case": name, **columns, **timed, "headline": headline}
         benchmark.extra_info.update(row)
         record(row)

@@ -2,8 +2,9 @@
 
 A contender is timed over copies of its inputs that together exceed the cache several times, so weights come
 from memory, as they do in a model. On a GPU the calls on all copies form one CUDA graph; its replays are timed
-with events. On a CPU they run one after the other and each is timed, so that a call that was interrupted is one
-sample and not a share of all. Rounds of the contenders alternate, so that a machine that slows down slows all of them.
+with events, unless the wall clock is meant. On a CPU they run one after the other and each is timed, so that a call
+that was interrupted is one sample and not a share of all. Rounds of the contenders alternate, so that a machine that
+slows down slows all of them.
 """
 
 import gc
@@ -36,11 +37,17 @@ Call = Callable[[], object]
 
 @dataclass
 class Contender:
-    """``make`` returns a call on fresh copies of its inputs, which together move ``nbytes``."""
+    """``make`` returns a call on fresh copies of its inputs, which together move ``nbytes``.
+
+    ``wall``: timed by the host's clock, also on a GPU, with whatever the host does. ``copies``: how many, where the
+    harness should not choose.
+    """
 
     name: str
     make: Callable[[], Call]
     nbytes: int
+    wall: bool = False
+    copies: int | None = None
 
 
 @dataclass
@@ -77,10 +84,13 @@ class Rounds:
     """Times a contender round by round; ``times`` holds the microseconds of one call."""
 
     def __init__(self, contender: Contender, device: str):
+        self.times: list[float] = []
+        if contender.wall:
+            self.calls, self.round = [contender.make()], self._wall_round
+            return
         copies = min(512, math.ceil(4 * cache_bytes(device) / contender.nbytes))
         copies = self._affordable(contender.make(), copies) if device == "cpu" else max(4, copies)
-        self.calls = [contender.make() for _ in range(copies)]
-        self.times: list[float] = []
+        self.calls = [contender.make() for _ in range(contender.copies or copies)]
         self.round = self._cpu_round if device == "cpu" else self._gpu_round
         if device == "cuda":
             self._capture()
@@ -126,6 +136,11 @@ class Rounds:
             call()
             self.times.append(1e6 * (time.perf_counter() - begin))
 
+    def _wall_round(self) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self._cpu_round()
+
     def summary(self) -> dict:
         times = torch.tensor(self.times, dtype=torch.float64)
         p20, median, p80 = times.quantile(torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)).tolist()
@@ -139,7 +154,13 @@ def memory_read(device: str = "cpu") -> Contender:
 
 
 def compare(
-    benchmark, device: str, ours: Contender, peers: list[Contender | Absent], flops: float, weight_bytes: int = 0
+    benchmark,
+    device: str,
+    ours: Contender,
+    peers: list[Contender | Absent],
+    flops: float,
+    weight_bytes: int = 0,
+    rounds: int | None = None,
 ) -> dict:
     """Times ours through pytest-benchmark, the peers between its rounds, and returns a row of results.
 
@@ -151,15 +172,15 @@ def compare(
     read = memory_read() if weight_bytes and device == "cpu" else None
     if read:
         others[read.name] = Rounds(read, device)
-    for rounds in (mine, *others.values()):  # a first round warms up
-        rounds.round()
-        rounds.times.clear()
+    for each in (mine, *others.values()):  # a first round warms up
+        each.round()
+        each.times.clear()
 
     def peers_round() -> None:
-        for rounds in others.values():
-            rounds.round()
+        for other in others.values():
+            other.round()
 
-    benchmark.pedantic(mine.round, setup=peers_round, rounds=20 if device == "cuda" else 5, iterations=1)
+    benchmark.pedantic(mine.round, setup=peers_round, rounds=rounds or (20 if device == "cuda" else 5), iterations=1)
     row = mine.summary()
     row["GB/s"] = round(ours.nbytes / row["us"] / 1e3, 1)
     row["TFLOP/s"] = round(flops / row["us"] / 1e6, 3)

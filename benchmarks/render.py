@@ -48,6 +48,9 @@ def table(rows: list[dict]) -> list[str]:
         "F.linear, MB",
         "mamba_ssm bf16, MB",
         "simulation, MB",
+        "resident, MB",
+        "with torch alone, MB",
+        "allocated, MB",
     )
     extra = [key for key in columns if any(key in row for row in rows)]
     header = ["case", "us", "p20-p80", "GB/s", "TFLOP/s", *extra, *(f"{name}, us" for name in peers)]

@@ -8,6 +8,13 @@ import torch
 
 _FOLDER = Path(__file__).parent
 
+
+# Before what loads the operators, which import it.
+def needed_grads(ctx, count: int) -> tuple[bool, ...]:
+    """``ctx.needs_input_grad`` of an operator's ``count`` arguments: torch drops trailing defaults."""
+    return (*ctx.needs_input_grad, *([False] * count))[:count]
+
+
 if not (_FOLDER / "_C.so").is_file():
     raise ImportError(
         f"bitkernels: the native library {_FOLDER / '_C.so'} is missing; build it with `pip install -e .` "
@@ -33,11 +40,6 @@ if _TORCH_HAS_CUDA:
         if _PACKED_BACKEND is None:
             _triton.register_packed()
             _PACKED_BACKEND = "Triton"
-
-
-def needed_grads(ctx, count: int) -> tuple[bool, ...]:
-    """``ctx.needs_input_grad`` of an operator's ``count`` arguments: torch drops trailing defaults."""
-    return (*ctx.needs_input_grad, *([False] * count))[:count]
 
 
 def build_info() -> dict[str, str]:

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from bitkernels.models import BiMambaConfig, BiMambaForCausalLM
-from bitkernels.nn import Int8Embedding, PackedBitEmbedding, PackedBitLinear, PackedLinear
+from bitkernels.nn import PackedBitEmbedding, PackedBitLinear, PackedLinear
 
 FORMAT = "bitkernels"
 FORMAT_VERSION = "1"
@@ -26,7 +26,8 @@ LAYOUT = {"sign": "uint32-lsb-first-1bit", "ternary": "uint32-lsb-first-2bit"}
 _KINDS = ("latent", "packed")
 
 _FLOATS = {"F32", "F16", "BF16"}
-_WORDS = "U32"
+# What a tensor that is not floating-point is stored as.
+_STORED = {torch.uint32: "U32", torch.int8: "I8"}
 
 # Every low bit of the 2-bit codes of a word; also a word of sixteen codes 1.
 _LOW_BITS = 0x55555555
@@ -87,8 +88,6 @@ def save_checkpoint(
     ``dense_dtype`` is what embedding, head and full-precision projections are stored in; None keeps the model's.
     ``training`` says how the model was trained, in types of JSON.
     """
-    if isinstance(model.embedding, Int8Embedding):
-        raise ValueError("save_checkpoint: the embedding is rounded to int8, which has no stored form")
     metadata = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -214,7 +213,7 @@ def _check_tensors(path: Path, header: dict[str, Any], expected: dict[str, Tenso
         raise CheckpointError(f"{path}: unexpected tensors: {_some(unexpected)}")
     for name, tensor in expected.items():
         entry = found[name]
-        dtypes = {_WORDS} if tensor.dtype == torch.uint32 else _FLOATS
+        dtypes = _FLOATS if tensor.is_floating_point() else {_STORED[tensor.dtype]}
         if entry["dtype"] not in dtypes:
             raise CheckpointError(f"{path}: {name} must be {' or '.join(sorted(dtypes))}, got {entry['dtype']}")
         if entry["shape"] != list(tensor.shape):

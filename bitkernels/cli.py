@@ -232,6 +232,7 @@ def pack(
     dense_dtype: Annotated[
         Dtype, typer.Option(help="What embedding, head and full-precision projections are stored in.")
     ] = Dtype.bfloat16,
+    int8_embedding: Int8 = False,
 ) -> None:
     """Pack a trained checkpoint's low-bit layers to 1 or 2 bits a weight."""
     with _clear_errors():
@@ -246,6 +247,8 @@ def pack(
         if not checkpoint.model.config.low_bit:
             raise ValueError(f"{file}: is a full-precision model; train one with low-bit layers to pack it")
         pack_(checkpoint.model)
+        if int8_embedding:
+            checkpoint.model.round_embedding_()
         out = out or file.with_name(f"{file.stem}.packed{file.suffix}")
         dtype = getattr(torch, dense_dtype.value)
         save_checkpoint(out, checkpoint.model, checkpoint.tokenizer, dtype, checkpoint.training)

@@ -6,6 +6,9 @@ from torch import Tensor
 
 from bitkernels import _ops  # noqa: F401  (loads the operators)
 
+_HALVES = (torch.bfloat16, torch.float16)
+_HAS_AVX512 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+
 
 def dense_linear(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
     """``y = x @ weight^T``, or ``x @ (scale[:, None] * weight)^T`` with an int8 weight.
@@ -25,6 +28,11 @@ def dense_linear(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tens
         ValueError: an argument's dtype, shape or device does not fit; the message names it.
     """
     return torch.ops.bitkernels.dense_linear(x, weight, scale)
+
+
+def torch_is_slow(x: Tensor) -> bool:
+    """Whether torch's product with ``x`` is slower for any number of tokens: in 16 bits on a CPU without AVX-512."""
+    return x.device.type == "cpu" and x.dtype in _HALVES and not _HAS_AVX512
 
 
 # A GPU has torch's product.

@@ -1,3 +1,5 @@
+import sys
+
 import pytest
 import torch
 from helpers import assert_close, check_compile, noncontiguous, opcheck
@@ -98,3 +100,21 @@ def test_bad_input(change, words):
     given = {"x": torch.ones(2, 8), "weight": torch.ones(4, 8), "scale": None}
     with pytest.raises(ValueError, match=words):
         bitkernels.dense_linear(**{**given, **change})
+
+
+@pytest.mark.parametrize("tokens", [9, 40])
+def test_heads_of_many_tokens_where_torch_is_slow(tokens, monkeypatch):
+    """Whatever computes them, on whatever CPU."""
+    from bitkernels.models import BiMambaConfig, BiMambaForCausalLM
+    from bitkernels.nn import Int8Embedding
+
+    config = BiMambaConfig(vocab_size=70, d_model=32, n_layer=1, headdim=16, d_state=8)
+    model = BiMambaForCausalLM(config).eval().set_activation_dtype_(torch.bfloat16)
+    rounded = Int8Embedding.from_embedding(model.embedding)
+    hidden = torch.randn(tokens, 32).bfloat16()
+    table = model.embedding.weight.double()
+    for has in (True, False):
+        monkeypatch.setattr(sys.modules["bitkernels.dense_linear"], "_HAS_AVX512", has)
+        with torch.no_grad():
+            assert_close("head", model.next_logits(hidden), hidden.double() @ table.T)
+            assert_close("int8 head", rounded.logits(hidden), hidden.double() @ table.T, 2e-2)

@@ -4,7 +4,8 @@ import math
 
 import pytest
 import torch
-from helpers import assert_close
+from helpers import TOLERANCE, assert_close, rms_error
+from soak import soak
 
 from bitkernels.inference import Engine, SamplingParams, plan_memory
 from bitkernels.inference import engine as engine_module
@@ -42,25 +43,45 @@ def greedy_by_forward(model, prompt, count):
     return ids[len(prompt) :].tolist()
 
 
-@pytest.mark.parametrize("chunk", [16, 1000])
-def test_logits_equal_one_forward_for_every_prompt_length(model, chunk, monkeypatch):
+@pytest.fixture
+def read(monkeypatch):
+    """What an engine computes where ``ids`` are read: the logits after the prompt and after what follows it."""
     seen = []
     monkeypatch.setattr(engine_module, "_DecodeGraphs", lambda engine: None)
-    monkeypatch.setattr(
-        engine_module.Sampler, "sample", lambda self, logits, slots, mode: seen.append(logits) or force(self, slots)
-    )
+
+    def logits(model, ids, length, chunk):
+        def force(sampler, found, slots, mode):
+            seen.append(found)
+            sampler.token[slots] = ids[sampler.position[slots].cpu()].to(sampler.token.device)
+            return sampler.token[slots]
+
+        seen.clear()
+        monkeypatch.setattr(engine_module.Sampler, "sample", force)
+        engine = Engine(model, max_batch=1, prefill_chunk=chunk)
+        finish(engine, engine.submit(ids[:length], SamplingParams(max_new_tokens=len(ids) - length)))
+        return torch.cat(seen)
+
+    return logits
+
+
+@pytest.mark.parametrize("chunk", [16, 1000])
+def test_logits_equal_one_forward_for_every_prompt_length(model, chunk, read):
     ids = torch.randint(50, (73,))
-
-    def force(sampler, slots):
-        sampler.token[slots] = ids[sampler.position[slots].cpu()].to(sampler.token.device)
-        return sampler.token[slots]
-
     full = model(ids[None].to(model.device))[0]
     for length in range(1, 71):
-        seen.clear()
-        engine = Engine(model, max_batch=1, prefill_chunk=chunk)
-        finish(engine, engine.submit(ids[:length], SamplingParams(max_new_tokens=3)))
-        assert_close(f"prompt {length}", torch.cat(seen), full[length - 1 : length + 2])
+        logits = read(model, ids[: length + 3], length, chunk)
+        assert_close(f"prompt {length}", logits, full[length - 1 : length + 2])
+
+
+def test_bf16_logits_are_as_accurate_as_one_bf16_forward(model, read):
+    ids = torch.randint(50, (73,))
+    model.set_activation_dtype_(torch.bfloat16).set_activation_dtype_(torch.float32)
+    exact = model(ids[None].to(model.device))[0]
+    model.set_activation_dtype_(torch.bfloat16)
+    limit = 1.1 * rms_error(model(ids[None].to(model.device))[0], exact)
+    for length in range(1, 71, 3):
+        error = rms_error(read(model, ids, length, 16), exact[length - 1 : -1])
+        assert error <= max(limit, TOLERANCE[torch.bfloat16]), f"prompt {length}: {error:.3g} above {limit:.3g}"
 
 
 def test_greedy_is_the_likeliest_of_one_forward(model):
@@ -250,32 +271,12 @@ def test_generate_arguments(model):
         model.generate([[1]], GREEDY, top_k=2)
 
 
-def test_soak(model):
-    """Requests of random lengths and settings join, leave and are cancelled; greedy ones are checked."""
-    options = {"max_batch": 4, "prefill_chunk": 16, "batch_invariant": True}
-    engine, random = Engine(model, **options), torch.Generator().manual_seed(5)
-
-    def pick(*choices):
-        return choices[torch.randint(len(choices), (), generator=random)]
-
-    requests = []
-    for _ in range(40):
-        prompt = torch.randint(50, (pick(1, 2, 7, 16, 17, 50),), generator=random)
-        params = SamplingParams(
-            pick(1, 2, 9, 15), pick(0, 0, 0.7, 1.3), pick(None, 1, 8), pick(0.8, 1.0), pick(0.0, 0.1), pick(1.0, 1.2),
-            pick((), (3, 4)), seed=7,
-        )  # fmt: skip
-        requests.append(engine.submit(prompt, params))
-        for _ in range(pick(0, 1, 2, 5)):
-            engine.step()
-        if pick(*[False] * 7, True):
-            engine.cancel(pick(*requests))
-    finish(engine)
-    assert sorted(engine._free) == list(range(4))
-    for request in requests:
-        expected = alone(model, request.prompt, request.params, **options)
-        assert request.tokens == expected[: len(request.tokens)]
-        assert len(request.tokens) == len(expected) or request.finish_reason == "cancelled"
+@pytest.mark.parametrize("batch_invariant", [True, False])
+def test_soak(model, batch_invariant):
+    """The short form; tests/soak.py runs for minutes."""
+    result = soak(model, 40, longest=16, max_batch=4, prefill_chunk=16, batch_invariant=batch_invariant)
+    assert result.refused
+    assert result.equal > 10
 
 
 def settings(rows, temperature=1.0, top_k=4, top_p=1.0, min_p=0.0, penalty=1.0, device="cpu"):

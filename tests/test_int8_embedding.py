@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 from helpers import assert_close
 
-from bitkernels.checkpoint import save_checkpoint
+from bitkernels.checkpoint import CheckpointError, load_checkpoint, read_header, save_checkpoint
 from bitkernels.inference import Engine, SamplingParams
 from bitkernels.models import BiMambaConfig, BiMambaForCausalLM
 from bitkernels.nn import Int8Embedding, pack_
@@ -59,12 +59,30 @@ def test_model_decodes_with_it(device):
     assert next(engine.stream(request)) == int(full[0, -1].argmax())
 
 
-def test_it_is_for_tied_embeddings_and_is_not_stored(tmp_path):
+def test_it_is_for_tied_embeddings():
     untied = BiMambaForCausalLM(SHAPE.replace(tie_embeddings=False))
     with pytest.raises(ValueError, match="round_embedding_: the embedding must be full-precision and tied"):
         untied.round_embedding_()
     model = BiMambaForCausalLM(SHAPE).round_embedding_()
     with pytest.raises(ValueError, match="round_embedding_"):
         model.round_embedding_()
-    with pytest.raises(ValueError, match="save_checkpoint: the embedding is rounded to int8"):
-        save_checkpoint(tmp_path / "model.safetensors", model)
+    with pytest.raises(ValueError, match="int8_embedding needs tie_embeddings"):
+        SHAPE.replace(tie_embeddings=False, int8_embedding=True)
+
+
+@torch.no_grad()
+def test_it_is_stored_as_it_is(tmp_path, device):
+    model = pack_(BiMambaForCausalLM(SHAPE)).eval().round_embedding_().set_activation_dtype_(torch.bfloat16)
+    path = tmp_path / "model.safetensors"
+    save_checkpoint(path, model)
+    loaded = load_checkpoint(path, device, torch.bfloat16).model
+    assert loaded.config.int8_embedding
+    assert loaded.embedding.weight.dtype == torch.int8
+    ids = torch.randint(50, (2, 20), device=device)
+    assert torch.equal(loaded(ids), model.to(device)(ids))
+    header = read_header(path)
+    assert header["embedding.weight"]["dtype"] == "I8"
+    data = path.read_bytes().replace(b'"embedding.weight":{"dtype":"I8"', b'"embedding.weight":{"dtype":"U8"')
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match="embedding.weight must be I8, got U8"):
+        load_checkpoint(path)

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -58,3 +59,37 @@ def test_every_operator_has_a_schema_with_a_fake():
     assert len(operators) >= 20
     for name in operators:
         assert torch._library.simple_registry.singleton.find(name).fake_impl.kernel is not None, name
+
+
+@pytest.mark.skipif(torch.backends.cuda.is_built(), reason="Triton is loaded to serve CUDA tensors")
+def test_generating_loads_no_compiler():
+    """Which would take seconds before the first token."""
+    code = """
+import sys
+from bitkernels.checkpoint import load_checkpoint
+from bitkernels.data import shipped_model
+next(load_checkpoint(shipped_model(), "cpu").model.stream([[1, 2, 3]], max_new_tokens=2))
+print([name for name in ("torch._dynamo", "torch._inductor", "sympy", "triton") if name in sys.modules])
+"""
+    assert run_python(code) == "[]"
+
+
+@pytest.mark.parametrize("first", ["bitkernels", "bitkernels.packed_linear", "bitkernels.add_rms_norm"])
+def test_what_serves_gpus_loads_whatever_is_imported_first(first, tmp_path):
+    """With a torch that has CUDA and no library for it: the operators import Triton's, which must not wait for them."""
+    pytest.importorskip("triton")
+    folder = Path(bitkernels.__file__).parent
+    (tmp_path / "bitkernels").mkdir()
+    for path in folder.iterdir():
+        if path.name not in ("_C_cuda.so", "data"):
+            (tmp_path / "bitkernels" / path.name).symlink_to(path)
+    code = f"""
+import sys
+sys.path.insert(0, {str(tmp_path)!r})
+import torch
+torch.backends.cuda.is_built = lambda: True
+import {first}
+from bitkernels import _ops
+print(_ops._PACKED_BACKEND, _ops._SCAN_BACKEND)
+"""
+    assert run_python(code) == "Triton Triton"

@@ -24,6 +24,7 @@ from bitkernels import (
     mamba2_step,
     ssd_step,
 )
+from bitkernels.dense_linear import torch_is_slow
 from bitkernels.models.config import BiMambaConfig
 from bitkernels.nn import BitEmbedding, BitLinear, FBILinear, Int8Embedding, PackedLinear
 from bitkernels.nn.common import activation_dtype
@@ -77,35 +78,70 @@ class Slots(NamedTuple):
 
 
 class Packed(NamedTuple):
-    """S sequences in one row; the first may continue one that was read before, the others start."""
+    """Pieces of S sequences that are read at once: the rows of a batch where all are of one length, else one row.
 
-    cu_seqlens: Tensor  # int32 [S + 1]
+    In one row the first may continue a sequence that was read before; the others start.
+    """
+
     slots: Tensor  # int64 [S], the states of the cache; those of sequences that start are zero
+    states: Tensor | slice  # the same, as a slice where they follow each other: a view then, not a copy
+    # What follows is None where the pieces are rows.
+    cu_seqlens: Tensor | None = None  # int32 [S + 1]
     # The last W - 1 inputs of the convolution: where in the row they are, or in what was there before.
-    new: Tensor  # int64 [S, W - 1]
-    old: Tensor  # int64 [S, W - 1, 1]
-    is_old: Tensor  # bool [S, W - 1, 1]
+    new: Tensor | None = None  # int64 [S, W - 1]
+    old: Tensor | None = None  # int64 [S, W - 1, 1]
+    is_old: Tensor | None = None  # bool [S, W - 1, 1]
 
     @classmethod
     def of(cls, lengths: Sequence[int], slots: Sequence[int], d_conv: int, device: torch.device) -> "Packed":
-        """Sequences of ``lengths`` tokens each."""
+        """Pieces of ``lengths`` tokens each."""
+        first, count = slots[0], len(slots)
+        consecutive = list(slots) == list(range(first, first + count))
+        indices = to_device(torch.tensor(slots), device)
+        states = slice(first, first + count) if consecutive else indices
+        if len(set(lengths)) == 1:
+            return cls(indices, states)
         counts, width = torch.tensor(lengths), d_conv - 1
         ends = counts.cumsum(0)
         # Of W - 1 + length inputs the last W - 1.
         offset = torch.arange(width) + counts[:, None]
-        host = cls(
+        host = (
             F.pad(ends, (1, 0)).int(),
-            torch.tensor(slots),
             (offset - width + (ends - counts)[:, None]).clamp(min=0),
             offset.clamp(max=max(width - 1, 0))[..., None],
             (offset < width)[..., None],
         )
-        return cls(*(to_device(tensor, device) for tensor in host))
+        return cls(indices, states, *(to_device(tensor, device) for tensor in host))
+
+    def rows(self, tokens: Tensor) -> Tensor:
+        """The tokens of all pieces, one after another, as they are read: [S, T] or [1, T]."""
+        return tokens[None] if self.cu_seqlens is not None else tokens.view(len(self.slots), -1)
+
+    def last(self, hidden: Tensor) -> Tensor:
+        """Of what was computed for ``rows`` that of each piece's last token, [S, ...]."""
+        return hidden[:, -1] if self.cu_seqlens is None else hidden[0, self.cu_seqlens[1:] - 1]
 
     def conv_states(self, states: Tensor, xbc: Tensor) -> Tensor:
-        """``states`` [S, W - 1, C] moved on by each sequence's part of ``xbc`` [1, T, C]."""
+        """``states`` [S, W - 1, C] moved on by each piece's part of ``xbc`` [S, T, C] or [1, T, C]."""
+        if self.cu_seqlens is None:
+            return moved_on(states, xbc)
         read = xbc[0, self.new].to(states.dtype)
         return torch.where(self.is_old, states.gather(1, self.old.expand_as(states)), read)
+
+
+def moved_on(states: Tensor, xbc: Tensor) -> Tensor:
+    """The last W - 1 of ``states`` [B, W - 1, C] and ``xbc`` [B, T, C] after them, in either's type."""
+    width = states.shape[1]
+    read = xbc[:, max(0, xbc.shape[1] - width) :]
+    return read if read.shape[1] == width else torch.cat([states, read.to(states.dtype)], 1)[:, read.shape[1] :]
+
+
+def store(states: Tensor, where: Tensor | slice, new: Tensor) -> None:
+    """``states[where] = new``, of any two types."""
+    if isinstance(where, slice):
+        states[where].copy_(new)  # casts as it copies
+    else:
+        states[where] = new.to(states.dtype)
 
 
 def to_device(host: Tensor, device: torch.device) -> Tensor:
@@ -201,28 +237,23 @@ class Mixer(nn.Module):
         seq_idx: Tensor | None = None,  # int [B, T]
         conv_state: Tensor | None = None,  # [B, d_conv - 1, channels], updated in place
         ssm_state: Tensor | None = None,  # [B, H, P, N], updated in place
-        packed: Packed | None = None,  # several sequences in a batch of one; states are those of all slots
+        packed: Packed | None = None,  # what hidden holds; states are those of all slots
     ) -> Tensor:
         projected = self.in_proj(hidden)
-        dtype = projected.dtype
-        initial_conv, initial_ssm, cu_seqlens = conv_state, ssm_state, None
+        states, initial_conv, initial_ssm, cu_seqlens = slice(None), conv_state, ssm_state, None
         if packed is not None:
-            initial_conv, initial_ssm = conv_state[packed.slots], ssm_state[packed.slots]
-            cu_seqlens = packed.cu_seqlens
+            states, cu_seqlens = packed.states, packed.cu_seqlens
+            initial_conv, initial_ssm = conv_state[states], ssm_state[states]
+        A = self.A if torch.is_grad_enabled() else self.kept_A()
         y, final = mamba2_mixer(
-            projected, self.conv_weight.to(dtype), self.conv_bias.to(dtype), self.dt_bias, self.A, self.D,
-            self.norm_weight.to(dtype), initial_conv, initial_ssm, seq_idx, cu_seqlens, self.config.ngroups,
-            self.config.chunk_size, norm_eps=self.config.norm_eps, return_final_states=True,
+            projected, self.conv_weight, self.conv_bias, self.dt_bias, A, self.D, self.norm_weight, initial_conv,
+            initial_ssm, seq_idx, cu_seqlens, self.config.ngroups, self.config.chunk_size,
+            norm_eps=self.config.norm_eps, return_final_states=True,
         )  # fmt: skip
-        if packed is not None:
+        if conv_state is not None:
             xbc = self._split(projected)[1]
-            conv_state[packed.slots] = packed.conv_states(initial_conv, xbc)
-            ssm_state[packed.slots] = final.to(ssm_state.dtype)
-        elif conv_state is not None:
-            xbc = self._split(projected)[1]
-            read = xbc[:, max(0, xbc.shape[1] - conv_state.shape[1]) :].to(conv_state.dtype)
-            conv_state.copy_(torch.cat([conv_state, read], 1)[:, read.shape[1] :])
-            ssm_state.copy_(final)
+            store(conv_state, states, (moved_on if packed is None else packed.conv_states)(initial_conv, xbc))
+            store(ssm_state, states, final)
         return self.out_proj(y)
 
 
@@ -327,8 +358,10 @@ class BiMambaForCausalLM(nn.Module):
     def __init__(self, config: BiMambaConfig):
         super().__init__()
         self.config = config
-        self.embedding = (BitEmbedding if config.ternary_embedding else nn.Embedding)(config.vocab_size, config.d_model)
-        nn.init.normal_(self.embedding.weight, std=_EMBEDDING_STD)
+        rounded = Int8Embedding if config.int8_embedding else BitEmbedding if config.ternary_embedding else None
+        self.embedding = (rounded or nn.Embedding)(config.vocab_size, config.d_model)
+        if not config.int8_embedding:
+            nn.init.normal_(self.embedding.weight, std=_EMBEDDING_STD)
         self.layers = Stack(config)
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         self.head = None
@@ -371,13 +404,11 @@ class BiMambaForCausalLM(nn.Module):
         return self
 
     def round_embedding_(self) -> "BiMambaForCausalLM":
-        """Rounds a tied embedding to int8, in place: half the bytes that a decode step reads as its head.
-
-        For inference: it has no stored form, round after loading.
-        """
+        """Rounds a tied embedding to int8, for inference: half the bytes that a decode step reads as its head."""
         if self.head is not None or not isinstance(self.embedding, nn.Embedding):
             raise ValueError("round_embedding_: the embedding must be full-precision and tied to the head")
         self.embedding = Int8Embedding.from_embedding(self.embedding)
+        self.set_config_(self.config.replace(int8_embedding=True))
         return self
 
     def _dense(self) -> dict[str, nn.Module]:
@@ -415,7 +446,8 @@ class BiMambaForCausalLM(nn.Module):
     def next_logits(self, hidden: Tensor) -> Tensor:
         """``logits`` of a few tokens [B, d_model], without a gradient."""
         head = self.embedding if self.head is None else self.head
-        few = hidden.shape[0] <= _FEW_TOKENS and isinstance(head, nn.Embedding | nn.Linear)
+        few = hidden.shape[0] <= _FEW_TOKENS or torch_is_slow(hidden)
+        few = few and isinstance(head, nn.Embedding | nn.Linear)
         return dense_linear(hidden, head.weight) if few else self.logits(hidden)
 
     def forward(self, ids: Tensor, seq_idx: Tensor | None = None) -> Tensor:
@@ -439,14 +471,14 @@ class BiMambaForCausalLM(nn.Module):
 
     @torch.no_grad()
     def prefill_packed(self, ids: Tensor, packed: Packed, cache: BiMambaCache) -> Tensor:
-        """Reads the tokens [1, T] of S sequences into their slots; returns the logits after each, [S, vocab_size]."""
-        residual, branch = None, self.embedding(ids)
+        """Reads pieces of S sequences, int [tokens], into their slots; returns the logits after each, [S, V]."""
+        residual, branch = None, self.embedding(packed.rows(ids))
         dtype = branch.dtype
         for layer, conv, ssm in zip(self.layers, cache.conv, cache.ssm, strict=True):
             residual, normed = layer.norm.after(residual, branch, dtype)
             branch = layer.mixer(normed, None, conv, ssm, packed)
-        last = packed.cu_seqlens[1:] - 1
-        return self.next_logits(self.norm.after(residual[0, last], branch[0, last], dtype)[1])
+        residual, branch = packed.last(residual), packed.last(branch)
+        return self.next_logits(self.norm.after(residual, branch, dtype)[1])
 
     @torch.no_grad()
     def step(self, ids: Tensor, cache: BiMambaCache, slots: Slots | None = None) -> Tensor:

@@ -22,6 +22,8 @@ class BiMambaConfig:
     ``ternary_embedding`` and ``ternary_head`` make embedding and head ternary (Slender-Mamba); both need
     ``tie_embeddings=False``. ``sharing`` says which of the ``n_layer`` positions of the stack use the same layer, of
     which ``n_unique`` are wanted (``layer_order``; not used by ``"none"`` and ``"universal"``).
+
+    ``int8_embedding`` is for inference: a tied embedding that was rounded to 8 bits a weight.
     """
 
     vocab_size: int
@@ -40,6 +42,7 @@ class BiMambaConfig:
     scales: str = "column"
     ternary_embedding: bool = False
     ternary_head: bool = False
+    int8_embedding: bool = False
     sharing: str = "none"
     n_unique: int = 1
 
@@ -61,6 +64,8 @@ class BiMambaConfig:
             raise ValueError(f"config: ngroups {self.ngroups} must divide the number of heads {self.nheads}")
         if self.tie_embeddings and (self.ternary_embedding or self.ternary_head):
             raise ValueError("config: a ternary embedding or head needs tie_embeddings=False")
+        if self.int8_embedding and not self.tie_embeddings:
+            raise ValueError("config: int8_embedding needs tie_embeddings=True")
         if self.n_unique > self.n_layer:
             raise ValueError(f"config: n_unique {self.n_unique} must be at most n_layer {self.n_layer}")
 

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bitkernels import dense_linear
+from bitkernels.dense_linear import torch_is_slow
 
 _LARGEST = 127
 # Up to which dense_linear is faster than widening the weight first.
@@ -48,7 +49,8 @@ class Int8Embedding(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The table as a head: [..., embedding_dim] -> [..., num_embeddings]."""
-        if hidden.numel() <= _FEW_TOKENS * self.embedding_dim:
+        few = hidden.numel() <= _FEW_TOKENS * self.embedding_dim
+        if few or (torch_is_slow(hidden) and not hidden.requires_grad):
             return dense_linear(hidden, self.weight, self.scale)
         return F.linear(hidden, (self.weight * self.scale[:, None]).to(hidden.dtype))
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from bitkernels.triton import arguments
 from bitkernels.triton.arguments import check, check_shape
 from bitkernels.triton.gated_rms_norm import load_row
+from bitkernels.triton.launch import Launch, layout, planned
 from bitkernels.triton.mixer_arguments import check_activation, check_floating
 
 # Strips of rows in the backward; each adds up its part of the weight's gradient.
@@ -77,26 +78,38 @@ def _block(width: int) -> dict:
     return {"BLOCK": block, "num_warps": min(16, max(1, block // 512))}
 
 
+class AddNormPlan:
+    """Checks arguments and plans the launch for them; call: the sum and its norm."""
+
+    def __init__(self, residual, branch, weight, eps):
+        op = "add_rms_norm"
+        check_activation(op, "branch", branch)
+        check(branch.dim() >= 1, op, "branch must have at least one dimension")
+        check_floating(op, "weight", weight, branch, tuple(branch.shape[-1:]))
+        if residual is not None:
+            check(residual.dtype == torch.float32, op, f"residual must be torch.float32, got {residual.dtype}")
+            check_shape(op, "residual", residual, tuple(branch.shape))
+        if branch.numel():
+            options = _block(branch.shape[-1])
+            D, block = branch.shape[-1], options.pop("BLOCK")
+            self.launch = Launch(add_rms_norm_kernel, (branch.numel() // D, 1, 1), D, eps, block, **options)
+
+    def __call__(self, residual, branch, weight, dtype) -> tuple[Tensor, Tensor]:
+        total = torch.empty(branch.shape, dtype=torch.float32, device=branch.device)
+        normed = torch.empty(branch.shape, dtype=dtype, device=branch.device)
+        if branch.numel():
+            residual = None if residual is None else residual.contiguous()
+            self.launch(residual, branch.contiguous(), weight.contiguous(), total, normed)
+        return total, normed
+
+
 def add_rms_norm(
     residual: Tensor | None, branch: Tensor, weight: Tensor, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """``bitkernels::add_rms_norm``."""
-    op = "add_rms_norm"
-    check_activation(op, "branch", branch)
-    check(branch.dim() >= 1, op, "branch must have at least one dimension")
-    check_floating(op, "weight", weight, branch, tuple(branch.shape[-1:]))
-    if residual is not None:
-        check(residual.dtype == torch.float32, op, f"residual must be torch.float32, got {residual.dtype}")
-        check_shape(op, "residual", residual, tuple(branch.shape))
-    total = torch.empty(branch.shape, dtype=torch.float32, device=branch.device)
-    normed = torch.empty(branch.shape, dtype=dtype, device=branch.device)
-    if branch.numel():
-        D = branch.shape[-1]
-        add_rms_norm_kernel[(branch.numel() // D,)](
-            None if residual is None else residual.contiguous(), branch.contiguous(), weight.contiguous(), total,
-            normed, D, eps, **_block(D),
-        )  # fmt: skip
-    return total, normed
+    tensors = residual, branch, weight
+    key = "add_rms_norm", eps, dtype, *map(layout, tensors)
+    return planned(key, lambda: AddNormPlan(*tensors, eps))(*tensors, dtype)
 
 
 def add_rms_norm_backward(

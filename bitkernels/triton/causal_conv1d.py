@@ -12,7 +12,9 @@ import triton.language as tl
 from torch import Tensor
 
 from bitkernels.triton import arguments
+from bitkernels.triton.arguments import cdiv
 from bitkernels.triton.elementwise import silu, silu_gradient
+from bitkernels.triton.launch import Launch, layout, planned
 from bitkernels.triton.mixer_arguments import (
     check_activation,
     check_convolution,
@@ -360,16 +362,44 @@ def _shared_strides(weight: Tensor, bias: Tensor | None, initial: Tensor | None,
     )
 
 
-def _tiles(T: int, cu_seqlens: Tensor | None, sequences: int, length: int, history: int = 0) -> tuple[int, int, tuple]:
-    """Tiles of ``length`` tokens of a row, rows, and what ``tile_span`` reads, where every sequence is longer by
-    ``history``."""
-    if cu_seqlens is None:
-        return triton.cdiv(T + history, length), sequences, (None, None, None)
+def _tiles(T: int, packed: bool, sequences: int, length: int, history: int = 0) -> tuple[int, int]:
+    """Tiles of ``length`` tokens of a row, and rows, where every sequence is longer by ``history``."""
+    if not packed:
+        return cdiv(T + history, length), sequences
     # An upper bound, so that nothing waits for the device.
-    tiles = triton.cdiv(T + sequences * history, length) + sequences
+    return cdiv(T + sequences * history, length) + sequences, 1
+
+
+def _table(T: int, tiles: int, cu_seqlens: Tensor | None, sequences: int, length: int, history: int = 0) -> tuple:
+    """What ``tile_span`` reads."""
+    if cu_seqlens is None:
+        return None, None, None
     ends = cu_seqlens + history * torch.arange(sequences + 1, device=cu_seqlens.device)
     _, sequence, first = chunk_table(Chunks(T, length, length, tiles, sequences, packed=True), ends)
-    return tiles, 1, (cu_seqlens.contiguous(), sequence, first)
+    return cu_seqlens.contiguous(), sequence, first
+
+
+class ConvolutionPlan:
+    """Checks arguments and plans the launch for them; call: the convolution."""
+
+    def __init__(self, x, weight, bias, initial_state, seq_idx, cu_seqlens, silu):
+        self.sequences = check_convolution("causal_conv1d", x, weight, bias, initial_state, seq_idx, cu_seqlens)
+        if x.numel() == 0:
+            return
+        T, C = x.shape[1:]
+        self.tiles, rows = _tiles(T, cu_seqlens is not None, self.sequences, BLOCK_T)
+        self.launch = Launch(
+            causal_conv1d_kernel, (self.tiles, cdiv(C, BLOCK_C), rows), T, C, *x.stride(),
+            *_shared_strides(weight, bias, initial_state, seq_idx), weight.shape[1], silu, BLOCK_T, BLOCK_C,
+            num_warps=4,
+        )  # fmt: skip
+
+    def __call__(self, x, weight, bias, initial_state, seq_idx, cu_seqlens) -> Tensor:
+        y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        if x.numel() > 0:
+            table = _table(x.shape[1], self.tiles, cu_seqlens, self.sequences, BLOCK_T)
+            self.launch(x, weight, bias, initial_state, seq_idx, *table, y)
+        return y
 
 
 def causal_conv1d(
@@ -382,18 +412,9 @@ def causal_conv1d(
     silu: bool = True,
 ) -> Tensor:
     """``bitkernels::causal_conv1d``."""
-    sequences = check_convolution("causal_conv1d", x, weight, bias, initial_state, seq_idx, cu_seqlens)
-    T, C = x.shape[1:]
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    if x.numel() == 0:
-        return y
-    tiles, rows, table = _tiles(T, cu_seqlens, sequences, BLOCK_T)
-    causal_conv1d_kernel[(tiles, triton.cdiv(C, BLOCK_C), rows)](
-        x, weight, bias, initial_state, seq_idx, *table, y, T, C,
-        *x.stride(), *_shared_strides(weight, bias, initial_state, seq_idx),
-        WIDTH=weight.shape[1], SILU=silu, BLOCK_T=BLOCK_T, BLOCK_C=BLOCK_C, num_warps=4,
-    )  # fmt: skip
-    return y
+    tensors = x, weight, bias, initial_state, seq_idx, cu_seqlens
+    plan = planned(("causal_conv1d", silu, *map(layout, tensors)), lambda: ConvolutionPlan(*tensors, silu))
+    return plan(*tensors)
 
 
 def causal_conv1d_backward(
@@ -423,10 +444,11 @@ def causal_conv1d_backward(
         dbias = torch.empty(0, **fresh) if bias is None else torch.zeros(C, **fresh)
         return dx, torch.zeros(C, width, **fresh), dbias, dinitial.zero_()
     history = 0 if initial_state is None else width - 1
-    strips, rows, table = _tiles(T, cu_seqlens, sequences, STRIP, history)
+    strips, rows = _tiles(T, cu_seqlens is not None, sequences, STRIP, history)
+    table = _table(T, strips, cu_seqlens, sequences, STRIP, history)
     dweight = torch.empty(rows * strips, width, C, **fresh)
     dbias = None if bias is None else torch.empty(rows * strips, C, **fresh)
-    causal_conv1d_backward_kernel[(strips, triton.cdiv(C, STRIP_C), rows)](
+    causal_conv1d_backward_kernel[(strips, cdiv(C, STRIP_C), rows)](
         dy, x, weight, bias, initial_state, seq_idx, *table, dx, dweight, dbias,
         None if initial_state is None else dinitial, T, C,
         *dy.stride(), *x.stride(), *dx.stride()[:2], *_shared_strides(weight, bias, initial_state, seq_idx),

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from bitkernels.triton import arguments
 from bitkernels.triton.elementwise import silu, silu_gradient
+from bitkernels.triton.launch import Launch, layout, planned
 from bitkernels.triton.mixer_arguments import check_like, check_norm
 
 # Strips of rows in the backward, each of which adds up its part of the weight's gradient: six a multiprocessor of an
@@ -35,16 +36,24 @@ def gated_rms_norm_kernel(
     eps,
     GROUP: tl.constexpr,
     BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr,
 ):
     i_m = tl.program_id(0).to(tl.int64)
+    i_first = tl.program_id(1) * GROUP
     o_e = tl.arange(0, BLOCK)
-    m_e = o_e < GROUP
-    o_d = tl.program_id(1) * GROUP + o_e
-    g = load_row(p_x + i_m * stride_x_m, o_d, m_e, stride_x_d)
-    g *= silu(load_row(p_z + i_m * stride_z_m, o_d, m_e, stride_z_d))
-    y = g / tl.sqrt(tl.sum(g * g, 0) / GROUP + eps)
-    y *= load_row(p_weight, o_d, m_e, stride_w_d)
-    tl.store(p_y + i_m * D + o_d, y.to(p_y.dtype.element_ty), mask=m_e)
+    square = tl.zeros([BLOCK], tl.float32)
+    b_g = ()
+    for i in tl.static_range(0, BLOCKS):
+        o_d, m_e = i_first + i * BLOCK + o_e, i * BLOCK + o_e < GROUP
+        g = load_row(p_x + i_m * stride_x_m, o_d, m_e, stride_x_d)
+        g *= silu(load_row(p_z + i_m * stride_z_m, o_d, m_e, stride_z_d))
+        square += g * g
+        b_g = b_g + (g,)
+    inverse = 1.0 / tl.sqrt(tl.sum(square, 0) / GROUP + eps)
+    for i in tl.static_range(0, BLOCKS):
+        o_d, m_e = i_first + i * BLOCK + o_e, i * BLOCK + o_e < GROUP
+        y = b_g[i] * inverse * load_row(p_weight, o_d, m_e, stride_w_d)
+        tl.store(p_y + i_m * D + o_d, y.to(p_y.dtype.element_ty), mask=m_e)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -109,14 +118,18 @@ def gated_rms_norm_backward_kernel(
 
 
 def _launch(width: int, group_size: int | None) -> tuple[int, dict]:
-    """Groups of a row, and the block and warps that hold one."""
+    """Groups of a row, and the blocks and warps that hold one: eight elements of a lane are one load of 16 bits each.
+
+    Several blocks, as a row's padding to a power of two would take registers, which are what is short.
+    """
     group = group_size or width
-    block = triton.next_power_of_2(group)
-    return width // group, {"GROUP": group, "BLOCK": block, "num_warps": min(16, max(1, block // 512))}
+    block = min(1024, triton.next_power_of_2(group))
+    options = {"BLOCK": block, "BLOCKS": triton.cdiv(group, block), "num_warps": max(1, block // 256)}
+    return width // group, {"GROUP": group, **options}
 
 
 def _backward_launch(width: int, group_size: int | None) -> tuple[int, dict]:
-    """The same in several blocks: a row's padding to a power of two would take registers, which are what is short."""
+    """The same with more warps, for a lane to hold less."""
     group = group_size or width
     block = min(1024, triton.next_power_of_2(group))
     warps = min(16, triton.next_power_of_2(triton.cdiv(group, _LANE_ELEMENTS * 32)))
@@ -129,19 +142,33 @@ def _rows(t: Tensor) -> Tensor:
     return t.reshape(-1, t.shape[-1])
 
 
+class NormPlan:
+    """Checks arguments and plans the launch for them; call: the norm."""
+
+    def __init__(self, x, z, weight, eps, group_size):
+        check_norm("gated_rms_norm", x, z, weight, group_size)
+        if x.numel() == 0:
+            return
+        D = x.shape[-1]
+        groups, options = _launch(D, group_size)
+        x, z = _rows(x), _rows(z)
+        self.launch = Launch(
+            gated_rms_norm_kernel, (x.shape[0], groups, 1), D, *x.stride(), *z.stride(), *weight.stride(), eps,
+            *(options.pop(name) for name in ("GROUP", "BLOCK", "BLOCKS")), **options,
+        )  # fmt: skip
+
+    def __call__(self, x, z, weight) -> Tensor:
+        y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        if x.numel() > 0:
+            self.launch(_rows(x), _rows(z), weight, y)
+        return y
+
+
 def gated_rms_norm(x: Tensor, z: Tensor, weight: Tensor, eps: float = 1e-5, group_size: int | None = None) -> Tensor:
     """``bitkernels::gated_rms_norm``."""
-    check_norm("gated_rms_norm", x, z, weight, group_size)
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    if x.numel() == 0:
-        return y
-    D = x.shape[-1]
-    groups, options = _launch(D, group_size)
-    x, z = _rows(x), _rows(z)
-    gated_rms_norm_kernel[(x.shape[0], groups)](
-        x, z, weight, y, D, *x.stride(), *z.stride(), *weight.stride(), eps, **options
-    )
-    return y
+    tensors = x, z, weight
+    key = "gated_rms_norm", eps, group_size, *map(layout, tensors)
+    return planned(key, lambda: NormPlan(*tensors, eps, group_size))(*tensors)
 
 
 def gated_rms_norm_backward(

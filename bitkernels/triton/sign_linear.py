@@ -5,7 +5,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bitkernels.packed_linear import is_column_scale
 from bitkernels.triton import arguments
 from bitkernels.triton.arguments import check, check_float, check_packed, check_scale, vector, words_of
 
@@ -64,6 +63,8 @@ def sign_linear_weight_backward(
     check_packed(op, w_packed, K, 32)
     check(w_packed.shape[0] == N, op, f"w_packed must have N = {N} rows, got {w_packed.shape[0]}")
     check_scale(op, "alpha", alpha, product)
+    from bitkernels.packed_linear import is_column_scale  # which loads the operators, and they this module
+
     column, row = is_column_scale(alpha, K), alpha.shape == (N, 1)
     check(column or row or alpha.numel() == 1, op, f"alpha does not fit N = {N} and K = {K}: {list(alpha.shape)}")
     blocks = triton.cdiv(N, _ROWS), triton.cdiv(K, _COLUMNS)
