@@ -187,9 +187,11 @@ def train(
         on_start: called with the number of steps that were done before.
 
     Raises:
-        ValueError: the batch cannot be shared out, the text is too short, a step cannot be captured, or a checkpoint is
-            of another run.
+        ValueError: the batch cannot be shared out, the text is too short, a step cannot be captured, the embedding is
+            rounded, or a checkpoint is of another run.
     """
+    if model.config.int8_embedding:
+        raise ValueError("train: the embedding is rounded to int8, which is for inference")
     config.part_size(world_size())
     windows = Windows(tokens, config.length, config.seed)
     sharded = is_sharded(model) or (world_size() > 1 and not config.replicate)
