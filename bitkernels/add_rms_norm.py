@@ -18,7 +18,7 @@ def add_rms_norm(
         branch: [..., width], float32, bfloat16 or float16 (float64 on the CPU).
         weight: [width], any floating dtype.
         eps: added to the mean square.
-        dtype: of the norm, branch's if not given.
+        dtype: of the norm, a floating one; branch's if not given.
 
     Returns:
         (total, in float32, float64 where branch is; the norm). Differentiable in residual, branch and weight.
@@ -26,6 +26,8 @@ def add_rms_norm(
     Raises:
         ValueError: an argument's dtype or shape does not fit; the message names it.
     """
+    if not (dtype is None or dtype.is_floating_point):
+        raise ValueError(f"add_rms_norm: dtype must be a floating dtype, got {dtype}")
     return torch.ops.bitkernels.add_rms_norm(residual, branch, weight, eps, dtype or branch.dtype)
 
 

@@ -96,6 +96,8 @@ def main(folder):
     _, results["begun by two"] = run(CONFIG, Checkpoints(folder / "two", every=3), stop=3)
     stopped = Checkpoints(folder / "stopped", every=2)
     results["stopped"] = run(CONFIG, stopped, stop=4)[1] | run(CONFIG, stopped)[1]
+    replicated = Checkpoints(folder / "replicated", every=2)
+    results["replicated, then sharded"] = run(RUNS["replicated"], replicated, stop=4)[1] | run(CONFIG, replicated)[1]
     model, results["ended by two"] = run(CONFIG, Checkpoints(folder / "one", every=3))
     held_out = torch.from_numpy(DATA.tokens[:129].astype(np.int64))
     results["perplexity"] = perplexity(model, held_out, 16)

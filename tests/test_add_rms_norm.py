@@ -142,3 +142,5 @@ def test_errors(device):
     ):
         with pytest.raises(ValueError, match=f"add_rms_norm: {message}"):
             bitkernels.add_rms_norm(*args)
+    with pytest.raises(ValueError, match="add_rms_norm: dtype must be a floating dtype, got torch.int8"):
+        bitkernels.add_rms_norm(residual, branch, weight, dtype=torch.int8)

@@ -91,6 +91,21 @@ def test_pack_names_its_output_after_its_input(files):
     assert files["student"].with_name("student.packed.safetensors").is_file()
 
 
+def test_an_embedding_of_8_bits_is_stored(files, tmp_path):
+    out = tmp_path / "int8.safetensors"
+    succeed("pack", files["student"], "--int8-embedding", "--out", out)
+    assert out.stat().st_size < files["packed"].stat().st_size
+    assert "I8" in succeed("info", out)
+    assert "And" in succeed("generate", out, "--prompt", "And", "--max-new-tokens", 2, "--device", "cpu")
+    again = fail("generate", out, "--int8-embedding", "--max-new-tokens", 2, "--device", "cpu")
+    assert "the embedding must be full-precision" in again
+
+
+def test_steps_are_not_captured_on_a_cpu(files, tmp_path):
+    options = ("--text", files["text"], "--steps", 1, "--out", tmp_path / "model.safetensors", "--device", "cpu")
+    assert "capture needs a GPU" in fail("train", "--capture", *options)
+
+
 def test_a_ternary_student(files, tmp_path):
     out = tmp_path / "ternary.safetensors"
     succeed(

@@ -64,6 +64,10 @@ def test_a_stopped_run_of_two_repeats_the_unbroken_one(results):
     assert results["stopped"] == results["curves"]["signs"]
 
 
+def test_a_replicated_run_goes_on_sharded(results, alone):
+    assert_same(results["replicated, then sharded"], alone["signs"], [1, 2, 3, 4, 5, 6], TOLERANCE["float32"])
+
+
 def test_two_go_on_where_one_stopped(results, alone):
     assert_same(results["ended by two"], alone["signs"], [4, 5, 6], TOLERANCE["float32"])
 

@@ -7,6 +7,7 @@ from bitkernels.checkpoint import CheckpointError, load_checkpoint, read_header,
 from bitkernels.inference import Engine, SamplingParams
 from bitkernels.models import BiMambaConfig, BiMambaForCausalLM
 from bitkernels.nn import Int8Embedding, pack_
+from bitkernels.training import TrainConfig, train
 
 SHAPE = BiMambaConfig(vocab_size=50, d_model=24, n_layer=2, headdim=8, d_state=12, chunk_size=16, binarize="all")
 
@@ -57,6 +58,12 @@ def test_model_decodes_with_it(device):
     engine = Engine(model, 2)
     request = engine.submit(ids[0].tolist(), SamplingParams(max_new_tokens=3, temperature=0))
     assert next(engine.stream(request)) == int(full[0, -1].argmax())
+
+
+def test_it_is_not_trained():
+    config = TrainConfig(steps=1, batch_size=1, length=8)
+    with pytest.raises(ValueError, match="train: the embedding is rounded to int8"):
+        train(BiMambaForCausalLM(SHAPE).round_embedding_(), torch.randint(50, (100,)), config)
 
 
 def test_it_is_for_tied_embeddings():

@@ -146,6 +146,52 @@ def test_named_configurations_have_the_published_shapes():
     assert 2.5e9 < sizes["2.7b"] < 2.8e9
 
 
+def test_what_is_kept_of_the_weights_follows_fused_optimisers(device):
+    """They count no version of what they change."""
+    model, ids = make("binary", device), torch.randint(50, (2, 12), device=device)
+
+    def results(model):
+        cache = model.new_cache(2)
+        with torch.no_grad():
+            return model(ids), model.prefill(ids[:, :-1], cache), model.step(ids[:, -1], cache)
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+    before = results(model)
+    for _ in range(2):
+        model.train()
+        model(ids).square().mean().backward()
+        optimizer.step()
+        while_training = results(model)
+        after = results(model.eval())
+        same = make("binary", device)
+        same.load_state_dict(model.state_dict())
+        for found, kept, expected, old in zip(after, while_training, results(same), before, strict=True):
+            assert torch.equal(found, expected)
+            assert torch.equal(kept, expected)
+            assert not torch.equal(found, old)
+        before = after
+
+
+def test_steps_find_what_is_kept_where_it_was():
+    """Graphs of steps hold its address."""
+    mixer = make("binary").layers[0].mixer
+    address = mixer.kept_A().data_ptr()
+    with torch.inference_mode():
+        mixer.A_log.add_(1.0)
+        assert mixer.kept_A().data_ptr() == address
+    assert torch.equal(mixer.kept_A(), mixer.A)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_a_whole_model_compiles(mode):
+    ids = torch.randint(50, (2, 12))
+    with mode():
+        model = make("binary")
+        expected = model(ids)
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(ids), expected)
+
+
 def test_initialisation_is_mamba_2():
     mixer = make("full").layers[0].mixer
     dt = torch.nn.functional.softplus(mixer.dt_bias)

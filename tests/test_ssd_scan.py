@@ -15,6 +15,9 @@ from helpers import (
     rms_error,
     wide,
 )
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.checkpoint import checkpoint
 
 import bitkernels
 from bitkernels import reference
@@ -510,6 +513,38 @@ def test_without_gradients(device):
         return (x * constant).sum()
 
     assert_close("gradient", torch.func.grad(loss)(tensors[0].detach()), outputs[0].double())
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad])
+def test_traced(mode):
+    """One call of the operator, whoever traces, with gradients and without."""
+    case = Case(1, 20, 2, 16, 16)
+    tensors = inputs(case, "cpu", torch.float32)
+    tensors[0].requires_grad_(mode is torch.enable_grad)
+
+    class Scan(torch.nn.Module):
+        def forward(self, x):
+            return run(case, [x, *tensors[1:]])[0]
+
+    with mode():
+        expected = Scan()(tensors[0])
+        for graph in (make_fx(Scan())(tensors[0]), torch.export.export(Scan(), (tensors[0],)).module()):
+            calls = [node for node in graph.graph.nodes if node.target is torch.ops.bitkernels.ssd_scan.default]
+            assert len(calls) == 1
+            assert torch.equal(graph(tensors[0]), expected)
+        with FakeTensorMode() as fake:
+            y = run(case, [None if t is None else fake.from_tensor(t) for t in tensors])[0]
+            assert y.shape == expected.shape
+            assert y.requires_grad == expected.requires_grad
+
+
+def test_recomputed_gradients(device):
+    case = Case(1, 20, 2, 16, 16, D="H")
+    tensors = inputs(case, device, torch.float32, requires_grad=True)
+    x, D = tensors[0], tensors[5]
+    expected = torch.autograd.grad(run(case, tensors)[0].square().sum(), (x, D))
+    y = checkpoint(lambda *tensors: run(case, tensors)[0], *tensors, use_reentrant=False)
+    assert all(map(torch.equal, torch.autograd.grad(y.square().sum(), (x, D)), expected))
 
 
 def test_compile_with_dynamic_time(device):

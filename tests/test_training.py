@@ -114,6 +114,19 @@ def test_training_learns_and_repeats(corpus):
     assert results[0] == results[1]
 
 
+def test_perplexity_while_training_is_that_of_the_weights(corpus):
+    model, found = tiny(), []
+
+    def on_step(step):
+        same = tiny()
+        same.load_state_dict(model.state_dict())
+        found.append([perplexity(m, corpus.held_out[:100], 32) for m in (model, same)])
+
+    train(model, corpus.train, TrainConfig(steps=4, batch_size=2, length=32, lr=0.1), on_step=on_step)
+    assert len({own for own, _ in found}) == 4
+    assert all(own == expected for own, expected in found)
+
+
 def test_steps_are_captured_on_a_gpu_alone(corpus):
     config = TrainConfig(steps=1, batch_size=2, length=16, capture=True)
     with pytest.raises(ValueError, match="capture needs a GPU"):
@@ -128,16 +141,17 @@ def test_captured_steps_have_the_same_bits(corpus, tmp_path):
     captured = replace(config, capture=True)
 
     def losses(config, checkpoints=None, stop=None):
-        found = {}
+        """And held-out perplexities, for which nothing may be kept from before a step."""
+        model, found = tiny().cuda(), {}
 
         def on_step(step):
-            found[step.done] = step.loss
+            found[step.done] = float(step.loss), perplexity(model, corpus.held_out[:100], 32)
             if step.done == stop:
                 raise KeyboardInterrupt
 
         with contextlib.suppress(KeyboardInterrupt):
-            train(tiny().cuda(), corpus.train, config, on_step=on_step, checkpoints=checkpoints)
-        return {done: float(loss) for done, loss in found.items()}
+            train(model, corpus.train, config, on_step=on_step, checkpoints=checkpoints)
+        return found
 
     expected = losses(config)
     assert losses(captured) == expected

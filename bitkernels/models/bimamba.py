@@ -224,12 +224,22 @@ class Mixer(nn.Module):
         return -torch.exp(self.A_log.float())
 
     def kept_A(self) -> Tensor:
-        """``A`` without a gradient, made again only when ``A_log`` has changed: a step has no time for it."""
+        """``A`` without a gradient, made again only when ``A_log`` may have changed: a step has no time for it.
+
+        It stays in its memory, from which graphs of steps read it.
+        """
         A_log = self._parameters["A_log"]
-        key = A_log.data_ptr(), A_log._version
-        if self._kept_A[0] != key:
-            self._kept_A = key, self.A.detach()
+        # Fused optimisers and replays of graphs count no version.
+        key = None if self.training or A_log.is_inference() else (A_log.data_ptr(), A_log._version)
+        if key is None or self._kept_A[0] != key:
+            with torch.inference_mode(False), torch.no_grad():
+                A, kept = self.A, self._kept_A[1]
+                self._kept_A = key, A if kept is None or kept.device != A.device else kept.copy_(A)
         return self._kept_A[1]
+
+    def train(self, mode: bool = True) -> "Mixer":
+        self._kept_A = (None, self._kept_A[1])
+        return super().train(mode)
 
     def forward(
         self,
@@ -244,7 +254,7 @@ class Mixer(nn.Module):
         if packed is not None:
             states, cu_seqlens = packed.states, packed.cu_seqlens
             initial_conv, initial_ssm = conv_state[states], ssm_state[states]
-        A = self.A if torch.is_grad_enabled() else self.kept_A()
+        A = self.A if conv_state is None else self.kept_A()
         y, final = mamba2_mixer(
             projected, self.conv_weight, self.conv_bias, self.dt_bias, A, self.D, self.norm_weight, initial_conv,
             initial_ssm, seq_idx, cu_seqlens, self.config.ngroups, self.config.chunk_size,

@@ -187,15 +187,18 @@ def train(
         on_start: called with the number of steps that were done before.
 
     Raises:
-        ValueError: the batch cannot be shared out, the text is too short, a step cannot be captured, or a checkpoint is
-            of another run.
+        ValueError: the batch cannot be shared out, the text is too short, a step cannot be captured, the embedding is
+            rounded, or a checkpoint is of another run.
     """
+    if model.config.int8_embedding:
+        raise ValueError("train: the embedding is rounded to int8, which is for inference")
     config.part_size(world_size())
     windows = Windows(tokens, config.length, config.seed)
-    if world_size() > 1 and not config.replicate and not is_sharded(model):
-        shard_(model, config.signs_alone)
-    if config.capture and (model.device.type != "cuda" or is_sharded(model)):
+    sharded = is_sharded(model) or (world_size() > 1 and not config.replicate)
+    if config.capture and (model.device.type != "cuda" or sharded):
         raise ValueError("train: capture needs a GPU, and with several processes replicate")
+    if sharded and not is_sharded(model):
+        shard_(model, config.signs_alone)
     optimizer = _optimizer(model, config)
     run = _description(config, windows)
     begin = checkpoints.load(run, model, optimizer) if checkpoints else 0

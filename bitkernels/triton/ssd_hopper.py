@@ -12,9 +12,10 @@ from torch import Tensor
 from bitkernels.triton.arguments import cdiv
 
 BLOCK_T = 64
-# Heads of the whole batch, in processors, from which on the kernels are faster than Triton's.
+# Heads of the whole batch, in processors, from which on the kernels take a scan. In the forward they are faster than
+# Triton's there, by half or more; fewer were not measured (docs/kernels/ssd_scan.md).
 FORWARD_HEADS, BACKWARD_HEADS = 0.18, 0.3
-# Of 64 tokens that only the state passes, in such with outputs.
+# Of 64 tokens that only the state passes, in such with outputs: of 0.2 to 0.6 the fastest at T = 8192.
 STATES_COST = 0.4
 # Of a sequence: more would make less outputs each than states before them.
 MAX_PARTS = 4
