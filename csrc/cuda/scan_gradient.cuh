@@ -60,8 +60,8 @@ struct GradientPlace {
   SharedAddress ready;    // B and C have landed
   SharedAddress stages;   // x, dy, h, dh as boxes of 64 columns
   SharedAddress B, C;     // as boxes of 64 columns
-  SharedAddress out;      // [tokens, 64]: dx, in the end the gradient of (C B^T)^T
-  SharedAddress weights;  // [j, i] in 16 bits: (C B^T)^T * decay * dt
+  SharedAddress out;      // [tokens, 64]: dx
+  SharedAddress weights;  // [j, i] in 16 bits: (C B^T)^T * decay * dt, in the end the gradient of (C B^T)^T
   SharedAddress ones;     // [k, i]: one where i >= k
   int block, part_row, row, group, split, first_head, heads;
 
