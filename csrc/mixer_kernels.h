@@ -1,7 +1,7 @@
 // The kernels of the Mamba-2 block: scan, step, causal convolution, gated norm. No torch here.
 //
-// On CUDA all but the step run on Triton (bitkernels/triton), which may call cuda/ssd_scan_hopper.h: the CPU alone
-// implements the rest of this header.
+// On CUDA all but the step run on Triton (bitkernels/triton), which may call cuda/ssd_scan_hopper.h and
+// cuda/ssd_scan_backward_hopper.h: the CPU alone implements the rest of this header.
 // Activations are fp32, bf16 or fp16 with fp32 arithmetic, or fp64 throughout. "acc" below is the
 // type of that arithmetic: float, or double where dtype is kFloat64.
 #pragma once

@@ -123,8 +123,8 @@ inline std::optional<Tensor> workspace_like(const Tensor& t, int64_t bytes) {
   return torch::stable::new_empty(t, {bytes}, ScalarType::Byte);
 }
 
-// Makes the tensor's device current and hands the kernels what they run on: torch's current stream
-// there, or torch's thread pool.
+// Makes the tensor's device current and hands the kernels what they run on: torch's current stream there, or torch's
+// thread pool. Sizes of workspaces depend on the device, so it comes before they are asked for.
 class Launch {
  public:
 #ifdef BITKERNELS_CUDA

@@ -66,7 +66,8 @@ STABLE_TORCH_LIBRARY(bitkernels, m) {
       "Tensor? seq_idx=None, Tensor? cu_seqlens=None, bool dt_softplus=False, float dt_min=0.0, "
       "float? dt_max=None, int chunk_size=64) -> (Tensor dx, Tensor ddt, Tensor dA, Tensor dB, Tensor dC, "
       "Tensor dD, Tensor dz, Tensor ddt_bias, Tensor dinitial_states)");
-  // The same for it: rows of the batch whose states are held at once, and thread blocks to spread a group's heads over.
+  // What ssd_scan_backward does there: rows of the batch whose states are held at once, and thread blocks over which
+  // the heads of a group are spread.
   m.def(
       "ssd_scan_backward_hopper(Tensor dy, Tensor? dfinal_states, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, "
       "Tensor? D, Tensor? dt_bias, Tensor? initial_states, bool dt_softplus, float dt_min, float? dt_max, int rows, "

@@ -58,9 +58,9 @@ Tensor packed_linear(const Tensor& x, const Tensor& w_packed, const Tensor& alph
       .N = p.N,
       .K = p.K,
   };
+  const Launch launch(x);
   const std::optional<Tensor> workspace = workspace_like(x, BITKERNELS_BACKEND::packed_linear_workspace(args));
   args.workspace = mutable_data_or_null(workspace);
-  const Launch launch(x);
   BITKERNELS_BACKEND::packed_linear(args, launch);
   return y;
 }
@@ -101,10 +101,10 @@ std::tuple<Tensor, Tensor, Tensor> packed_linear_backward(const Tensor& grad, co
         .N = p.N,
         .K = p.K,
     };
+    const Launch launch(x);
     const std::optional<Tensor> workspace =
         workspace_like(x, BITKERNELS_BACKEND::packed_linear_backward_workspace(args));
     args.workspace = mutable_data_or_null(workspace);
-    const Launch launch(x);
     BITKERNELS_BACKEND::packed_linear_backward(args, launch);
   }
   return {dx, as_dtype(dalpha, alpha.scalar_type()), as_dtype(dbeta, alpha.scalar_type())};

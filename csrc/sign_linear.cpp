@@ -45,10 +45,10 @@ std::tuple<Tensor, Tensor, Tensor> sign_linear_weight_backward(const Tensor& pro
       .N = N,
       .K = K,
   };
+  const Launch launch(product);
   const std::optional<Tensor> workspace =
       workspace_like(product, BITKERNELS_BACKEND::sign_linear_weight_backward_workspace(args));
   args.workspace = mutable_data_or_null(workspace);
-  const Launch launch(product);
   BITKERNELS_BACKEND::sign_linear_weight_backward(args, launch);
   return {dweight, dalpha, dbeta};
 }

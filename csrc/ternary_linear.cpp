@@ -51,9 +51,9 @@ Tensor ternary_linear(const Tensor& x, const Tensor& w_packed, const Tensor& sca
       .N = p.N,
       .K = p.K,
   };
+  const Launch launch(x);
   const std::optional<Tensor> workspace = workspace_like(x, BITKERNELS_BACKEND::ternary_linear_workspace(args));
   args.workspace = mutable_data_or_null(workspace);
-  const Launch launch(x);
   BITKERNELS_BACKEND::ternary_linear(args, launch);
   return y;
 }
@@ -81,10 +81,10 @@ Tensor ternary_linear_backward(const Tensor& grad, const Tensor& w_packed, const
       .N = p.N,
       .K = p.K,
   };
+  const Launch launch(grad);
   const std::optional<Tensor> workspace =
       workspace_like(grad, BITKERNELS_BACKEND::ternary_linear_backward_workspace(args));
   args.workspace = mutable_data_or_null(workspace);
-  const Launch launch(grad);
   BITKERNELS_BACKEND::ternary_linear_backward(args, launch);
   return dx;
 }

@@ -342,6 +342,32 @@ def test_expanded_gradient(device):
     assert_close("dx", tensors[0].grad, leaves[0].grad)
 
 
+def test_expanded_tokens(device):
+    """The gradient of a sum over tokens has stride 0 along them and dense rows. B is the same for all tokens, too."""
+    case = Case(2, 70, 20, 64, 64, D="H")
+    tensors = inputs(case, device, torch.bfloat16)
+    tensors[3] = tensors[3][:, :1].expand(-1, case.T, -1, -1)
+    tensors = [None if t is None else t.requires_grad_() for t in tensors]
+    dy = torch.randn(case.batch, 1, case.H, case.P, device=device).bfloat16().expand(-1, case.T, -1, -1)
+    leaves = wide(*tensors)
+    y, y_ref = run(case, tensors)[0], run_reference(case, tensors)[0]
+    assert_close("y", y, y_ref, TOLERANCE[torch.bfloat16])
+    y.backward(dy)
+    reference.ssd_scan(*leaves, case.softplus, case.dt_limit)[0].backward(dy.double().cpu())
+    for i in (0, 4):
+        assert_close(f"d{NAMES[i]}", tensors[i].grad, leaves[i].grad, TOLERANCE[torch.bfloat16])
+
+
+def test_expanded_axes_are_not_boxed():
+    """The copy engine's maps are not specified for a stride of zero."""
+    from bitkernels.triton.ssd_hopper import boxed
+
+    rows = torch.zeros(2, 1, 3, 64, dtype=torch.bfloat16)
+    assert boxed(rows)
+    assert not boxed(rows.expand(-1, 5, -1, -1))
+    assert not boxed(rows[:1].expand(2, -1, -1, -1))
+
+
 @pytest.mark.parametrize("case", [CASES[5], CASES[10], Case(1, 300, 6, 32, 32, G=2, D="HP")], ids=str)
 def test_same_bits_every_run(case, device):
     tensors = inputs(case, device, torch.bfloat16)

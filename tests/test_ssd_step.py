@@ -106,6 +106,16 @@ def test_noncontiguous(device):
     assert_close("state", tensors[0], views[0].double())
 
 
+def test_nan_steps_stay(device):
+    """A step size that is NaN is not clamped to a limit, as in the scan."""
+    state, x, dt, *others = inputs(CASES[1], device, torch.float32)
+    dt[0, 1] = torch.nan
+    y = bitkernels.ssd_step(state, x, dt, *others, dt_softplus=True)
+    for out in (y, state):
+        assert out[0, 1].isnan().all()
+        assert out[0, [0, 2, 3]].isfinite().all()
+
+
 @pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_same_bits_every_run(state_dtype, device):
     tensors = inputs(CASES[1], device, torch.bfloat16, state_dtype)

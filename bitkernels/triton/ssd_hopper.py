@@ -27,9 +27,12 @@ AROUND_HEADS = 2
 
 
 def boxed(t: Tensor) -> bool:
-    """[B, T, heads, columns] in 16 bits with every row of columns dense and on a 16-byte boundary."""
+    """[B, T, heads, columns] in 16 bits with every row of columns dense and on a 16-byte boundary.
+
+    Expanded axes have stride 0, which the copy engine's maps are not specified for.
+    """
     strides = (stride for stride, size in zip(t.stride()[:3], t.shape[:3], strict=True) if size > 1)
-    return t.stride(3) == 1 and t.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in strides)
+    return t.stride(3) == 1 and t.data_ptr() % 16 == 0 and all(stride > 0 and stride % 8 == 0 for stride in strides)
 
 
 def fits(

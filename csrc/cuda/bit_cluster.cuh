@@ -16,6 +16,7 @@
 #include "bit_planes.cuh"
 #include "cluster.cuh"
 #include "epilogue.cuh"
+#include "reduce.cuh"
 #include "weights.cuh"
 #include "wgmma.cuh"
 
@@ -86,12 +87,8 @@ __device__ float sum_each(const float (&v)[kCount]) {
   int bit = 16;
 #pragma unroll
   for (int count = kCount / 2; count > 0; count /= 2) {
-    const bool upper = threadIdx.x & bit;
 #pragma unroll
-    for (int i = 0; i < count; ++i) {
-      const float other = __shfl_xor_sync(0xffffffff, upper ? kept[i] : kept[i + count], bit);
-      kept[i] = (upper ? kept[i + count] : kept[i]) + other;
-    }
+    for (int i = 0; i < count; ++i) kept[i] = add_halves(kept[i], kept[i + count], bit);
     bit /= 2;
   }
 #pragma unroll

@@ -1,4 +1,4 @@
-// Sums and maxima over a block, in a fixed order: the same bits on every run.
+// Sums and maxima over a block or lanes of a warp, in a fixed order: the same bits on every run.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -44,6 +44,7 @@ __device__ T add_halves(T first, T second, int bit) {
   return (upper ? second : first) + other;
 }
 
+// Over the lanes that differ in bits `from` to `below`, powers of two, the latter excluded; each gets the sum.
 template <typename T>
 __device__ T add_lanes(T v, int from, int below) {
 #pragma unroll

@@ -60,8 +60,8 @@ struct GradientPlace {
   SharedAddress ready;    // B and C have landed
   SharedAddress stages;   // x, dy, h, dh as boxes of 64 columns
   SharedAddress B, C;     // as boxes of 64 columns
-  SharedAddress out;      // [tokens, 64]: dx, in the end the gradient of (C B^T)^T
-  SharedAddress weights;  // [j, i] in 16 bits: (C B^T)^T * decay * dt
+  SharedAddress out;      // [tokens, 64]: dx
+  SharedAddress weights;  // [j, i] in 16 bits: (C B^T)^T * decay * dt, in the end the gradient of (C B^T)^T
   SharedAddress ones;     // [k, i]: one where i >= k
   int block, part_row, row, group, split, first_head, heads;
 
@@ -119,10 +119,7 @@ struct GradientPlace {
 };
 
 // Over the four lanes that hold a row of a product.
-__device__ inline float row_sum(float v) {
-  v += __shfl_xor_sync(0xffffffff, v, 1);
-  return v + __shfl_xor_sync(0xffffffff, v, 2);
-}
+__device__ inline float row_sum(float v) { return add_lanes(v, 1, 4); }
 
 // Where a step of a product begins in an operand [64, N] whose rows are not summed over.
 __device__ constexpr int step_in_boxes(int k) { return (k / 4 * kScanBoxBytes + k % 4 * 32) / 16; }

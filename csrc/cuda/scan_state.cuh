@@ -7,7 +7,7 @@
 
 namespace bitkernels::cuda {
 
-// The first half of two 16-bit values as a float.
+// Two 16-bit values, the first in the lower half.
 __device__ inline float2 unpack_pair(bf16, uint32_t pair) {
   return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u)};
 }

@@ -26,7 +26,8 @@ struct SsdScanBackward {
   int64_t rows;    // of the batch whose states are held at once
   int64_t splits;  // thread blocks over which the heads of a group are spread
 };
-// All of dtype lies on 16-byte boundaries, and so do the strides; dtype is 16 bits wide, N 64 or 128, T at least 1.
+// All of dtype lies on 16-byte boundaries, initial and dfinal too, and so do the strides of dtype, which are not zero;
+// dtype is 16 bits wide, N 64 or 128, T at least 1.
 void ssd_scan_backward_hopper(const SsdScanBackward&, Executor);
 
 // Bytes it wants as workspace, on a 16-byte boundary.

@@ -57,7 +57,8 @@ __global__ void __launch_bounds__(kScanThreads, 1)
 // states_cost * begin + (end - begin) then is the same for all.
 void divide(const SsdScan& s, ScanProblem& p) {
   if (s.parts < 1 || s.parts > kMostScanParts || s.parts > p.blocks) {
-    throw std::invalid_argument("bitkernels: ssd_scan_hopper: parts must be 1 to 4 and no more than there are blocks");
+    throw std::invalid_argument("ssd_scan_hopper: parts must be 1 to 4 and no more than the " +
+                                std::to_string(p.blocks) + " blocks of 64 tokens, got " + std::to_string(s.parts));
   }
   double share = 1.0, total = 0.0;
   for (int i = 0; i < s.parts; ++i, share *= 1.0 - s.states_cost) total += share;

@@ -33,8 +33,8 @@ struct SsdScan {
   int64_t parts;       // of a sequence, each made by a thread block
   double states_cost;  // of 64 tokens that only the state passes, in such with outputs
 };
-// x, B, C, z, initial_states and y lie on 16-byte boundaries, and so do the strides of the first four; dtype is 16 bits
-// wide, N 64 or 128, T at least 1, and every part has a block of 64 tokens.
+// x, B, C, z, initial_states and y lie on 16-byte boundaries, and so do the strides of the first four, which are not
+// zero; dtype is 16 bits wide, N 64 or 128, T at least 1, and every part has a block of 64 tokens.
 void ssd_scan_hopper(const SsdScan&, Executor);
 
 }  // namespace bitkernels::cuda

@@ -188,7 +188,8 @@ __global__ void __launch_bounds__(kStepThreads, kRows < 8 ? 6 : 4)
   // Last, as to convert it is to wait for it.
   float dt = load(p.dt.data, p.dt_dtype, batch * p.dt.batch + head * p.dt.head) + dt_bias;
   if (p.dt_softplus) dt = softplus(dt);
-  dt = fminf(fmaxf(dt, static_cast<float>(p.dt_min)), static_cast<float>(p.dt_max));
+  const float low = static_cast<float>(p.dt_min), high = static_cast<float>(p.dt_max);
+  dt = dt < low ? low : dt > high ? high : dt;  // NaN stays
   const float decay = expf(dt * A);
   const float own_scaled = dt * own_x;
   const RandomKeys keys(p.seed ? p.seed[batch] : 0);

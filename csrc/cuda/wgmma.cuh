@@ -142,7 +142,6 @@ BITKERNELS_WGMMA_8(256, 128, 129, 130, 131, 132, 133)
   BITKERNELS_WGMMA_SHARED_OF(__nv_bfloat16, n, "f32.bf16.bf16", desc_a, desc_b, flag, rows_a, rows_b)                   \
   BITKERNELS_WGMMA_SHARED_OF(__half, n, "f32.f16.f16", desc_a, desc_b, flag, rows_a, rows_b)
 BITKERNELS_WGMMA_SHARED(64, 32, 33, 34, 35, 36)
-BITKERNELS_WGMMA_SHARED(128, 64, 65, 66, 67, 68)
 #undef BITKERNELS_WGMMA_SHARED
 #undef BITKERNELS_WGMMA_SHARED_OF
 // Single bits: a is in shared memory too, and products are counted where both bits are set.
