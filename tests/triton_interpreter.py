@@ -44,7 +44,9 @@ def run_tests(register: str, *selection: str) -> None:
         "BITKERNELS_INTERPRET": register,
         "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")]),
     }
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "triton_interpreter", "-p", "no:cacheprovider"]
+    # It computes in Python, so a second process uses a second core.
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-n", "2", "-p", "triton_interpreter"]
+    command += ["-p", "no:cacheprovider"]
     done = subprocess.run([*command, *selection], cwd=TESTS, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
     assert " passed" in done.stdout, done.stdout[-2000:]
