@@ -1,5 +1,7 @@
 """The portable packed matmuls: the operators' own tests on them, and what only they have."""
 
+import contextlib
+
 import pytest
 import torch
 from triton_interpreter import MISSING, run_tests
@@ -88,3 +90,16 @@ def test_compiles_for_a_gpu(M, dtype, transposed):
         options={k: v for k, v in options.items() if k.startswith("num_")} | {"enable_fp_fusion": True},
     )
     assert kernel.metadata.shared <= 99 * 1024
+
+
+@needs_triton
+def test_operators_run_on_the_device_of_their_first_tensor(monkeypatch):
+    """Triton launches on the current device, whatever the tensors are on."""
+    from bitkernels.triton.arguments import on_its_device
+
+    entered = []
+    monkeypatch.setattr(torch.cuda, "device_of", lambda t: entered.append(t) or contextlib.nullcontext())
+    x = torch.ones(2)
+    assert on_its_device(lambda none, x, *, eps: (none, x, eps))(None, x, eps=1) == (None, x, 1)
+    assert len(entered) == 1
+    assert entered[0] is x

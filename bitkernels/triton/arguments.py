@@ -1,5 +1,6 @@
 """What the packed Triton operators share: argument checks, dense views, registration."""
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -77,7 +78,18 @@ def vector(t: Tensor) -> Tensor:
     return t.float().reshape(-1).contiguous()
 
 
+def on_its_device(function: Callable) -> Callable:
+    """``function`` with the device of its first tensor as the current one, on which Triton launches."""
+
+    @functools.wraps(function)
+    def call(*args, **named):
+        with torch.cuda.device_of(next(arg for arg in args if isinstance(arg, Tensor))):
+            return function(*args, **named)
+
+    return call
+
+
 def register(dispatch_key: str, *functions: Callable) -> None:
     """Makes each function the implementation of the operator of its name."""
     for function in functions:
-        torch.library.impl(f"bitkernels::{function.__name__}", dispatch_key, function)
+        torch.library.impl(f"bitkernels::{function.__name__}", dispatch_key, on_its_device(function))

@@ -5,6 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bitkernels.triton.arguments import on_its_device
+
 
 @triton.jit
 def load_logits(p_row, o_v, V, stride_v):
@@ -78,6 +80,7 @@ def row_losses_kernel(
             tl.store(p_losses + i_m, tl.sum(b_loss, 0))
 
 
+@on_its_device
 def row_losses(logits: Tensor, teacher: Tensor | None, targets: Tensor | None, objective: str, grad: bool) -> Tensor:
     """``bitkernels.distill_loss.RowLosses``."""
     M, V = logits.shape
