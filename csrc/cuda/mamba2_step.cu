@@ -77,6 +77,114 @@ __global__ void __launch_bounds__(kNormThreads) conv_kernel(T* y, int64_t column
                                       : step_convolution(p, conv_column(p, blockIdx.y, p.first + channel), v));
 }
 
+// Four taps of four neighbouring channels, of kConvRequests requests whose inputs are all under way at once.
+constexpr int kConvThreads = 128;
+constexpr int kConvWidth = 4;
+constexpr int kConvRequests = 4;
+
+template <typename T>
+__device__ void store_four(T* to, const float (&v)[kConvWidth]) {
+  uint32_t words[Run<kConvWidth, T>::kRegisters];
+  if constexpr (sizeof(T) == 4) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) words[i] = __float_as_uint(v[i]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+      words[i] = bits_of(from_float<T>(v[2 * i])) | bits_of(from_float<T>(v[2 * i + 1])) << 16;
+  }
+  store_vector(to, words);
+}
+
+template <typename T, typename S>
+__global__ void __launch_bounds__(kConvThreads)
+    conv_vectors_kernel(T* y, int64_t columns, int64_t requests, ConvStep p) {
+  let_next_kernel_start();
+  const int64_t channel = kConvWidth * (int64_t(blockIdx.x) * kConvThreads + threadIdx.x);
+  const int64_t first = int64_t(blockIdx.y) * kConvRequests;
+  if (channel >= p.channels) return;
+  S* state = static_cast<S*>(p.state) + channel;
+  const auto slot = [&](int r) { return first + r < requests ? slot_of(p.state_indices, p.slots, first + r) : -1; };
+  // The slots may still change, and then the prefetch was in vain.
+  constexpr int kLine = 128 / sizeof(S);
+  if (channel % kLine == 0) {
+#pragma unroll
+    for (int r = 0; r < kConvRequests; ++r) {
+      const int64_t at = slot(r);
+#pragma unroll
+      for (int w = 0; w + 1 < kMostTaps; ++w) {
+        if (at >= 0) prefetch_to_l2(state + at * p.state_batch + w * p.state_row);
+      }
+    }
+  }
+  wait_for_previous_kernel();
+
+  S* own[kConvRequests];  // of requests that have a state
+  Run<kConvWidth, S> history[kConvRequests][kMostTaps - 1];
+  Run<kConvWidth, T> input[kConvRequests];
+  T* const outputs = y + first * columns + p.first + channel;
+#pragma unroll
+  for (int r = 0; r < kConvRequests; ++r) {
+    const int64_t at = slot(r);
+    own[r] = at >= 0 ? state + at * p.state_batch : nullptr;
+    input[r].template load<true>(outputs + r * columns, 0, first + r < requests ? kConvWidth : 0);
+#pragma unroll
+    for (int w = 0; w + 1 < kMostTaps; ++w) {
+      history[r][w].template load<true>(own[r] + w * p.state_row, 0, own[r] ? kConvWidth : 0);
+    }
+  }
+  Run<kMostTaps, float> weight[kConvWidth];  // of a channel
+  Run<kConvWidth, float> bias;
+  const float* weights = static_cast<const float*>(p.weight) + channel * kMostTaps;
+#pragma unroll
+  for (int c = 0; c < kConvWidth; ++c) weight[c].template load<true>(weights, c * kMostTaps, (c + 1) * kMostTaps);
+  bias.template load<true>(static_cast<const float*>(p.bias) + channel, 0, p.bias ? kConvWidth : 0);
+
+#pragma unroll
+  for (int r = 0; r < kConvRequests; ++r) {
+    if (first + r >= requests) break;
+    float newest[kConvWidth], out[kConvWidth];
+#pragma unroll
+    for (int c = 0; c < kConvWidth; ++c) {
+      newest[c] = input[r][c];
+      float sum = bias[c];
+#pragma unroll
+      for (int w = 0; w + 1 < kMostTaps; ++w) sum = fmaf(history[r][w][c], weight[c][w], sum);
+      out[c] = silu(fmaf(newest[c], weight[c][kMostTaps - 1], sum));
+    }
+    store_four(outputs + r * columns, out);
+    if (!own[r]) continue;
+#pragma unroll
+    for (int w = 0; w + 2 < kMostTaps; ++w) store_vector(own[r] + w * p.state_row, history[r][w + 1].r);
+    store_four(own[r] + (kMostTaps - 2) * p.state_row, newest);
+  }
+}
+
+// Whether every run of four channels lies on its boundary.
+bool conv_vectors(const ConvStep& p, const void* y, int64_t columns) {
+  bool whole =
+      p.W == kMostTaps && aligned(y, 16) && aligned(p.state, 16) && aligned(p.weight, 16) && aligned(p.bias, 16);
+  for (int64_t n : {columns, p.first, p.channels, p.state_batch, p.state_row}) whole = whole && n % kConvWidth == 0;
+  return whole;
+}
+
+template <typename T>
+void run_convolution(T* y, const PackedLinear& linear, const ConvStep& p, cudaStream_t stream) {
+  const auto blocks = [&](int64_t channels, int64_t requests) {
+    return dim3(static_cast<unsigned>(ceil_div(p.channels, channels)),
+                static_cast<unsigned>(ceil_div(linear.M, requests)));
+  };
+  if (p.channels == 0) return;
+  if (!conv_vectors(p, y, linear.N)) {
+    launch(conv_kernel<T>, step_grid(blocks(kNormThreads, 1), kNormThreads), stream, y, linear.N, p);
+    return;
+  }
+  dispatch_float(p.state_dtype, [&](auto s) {
+    launch(conv_vectors_kernel<T, decltype(s)>,
+           step_grid(blocks(kConvThreads * kConvWidth, kConvRequests), kConvThreads), stream, y, linear.N, linear.M, p);
+  });
+}
+
 template <typename T>
 __global__ void __launch_bounds__(kNormThreads) add_kernel(float* residual, const T* y, int64_t count) {
   let_next_kernel_start();
@@ -244,9 +352,7 @@ void mamba2_in_step(const Mamba2InStep& p, Executor stream) {
     if (run_fused_step<BlockStep::kIn, T>(s, w, o, stream)) return;
     T* y = static_cast<T*>(linear.y);
     normalise_and_multiply<float, T>(linear, p.norm_weight, p.eps, y, stream);
-    if (p.conv.channels == 0) return;
-    const dim3 blocks(static_cast<unsigned>(ceil_div(p.conv.channels, kNormThreads)), static_cast<unsigned>(linear.M));
-    launch(conv_kernel<T>, step_grid(blocks, kNormThreads), stream, y, linear.N, p.conv);
+    run_convolution(y, linear, p.conv, stream);
   });
 }
 

@@ -58,10 +58,14 @@ __device__ inline uint4 load_streaming(const uint4* p) {
   return v;
 }
 
-// Sixteen bytes at once, which the compiler takes apart where they were words before.
+// Sixteen or eight bytes at once, which the compiler takes apart where they were words before.
 __device__ inline void store_vector(void* p, const uint32_t (&v)[4]) {
   asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3])
                : "memory");
+}
+
+__device__ inline void store_vector(void* p, const uint32_t (&v)[2]) {
+  asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(p), "r"(v[0]), "r"(v[1]) : "memory");
 }
 
 __device__ inline void prefetch_to_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
