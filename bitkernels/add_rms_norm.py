@@ -5,7 +5,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bitkernels import _ops  # noqa: F401  (loads the operators)
+from bitkernels._autograd import skipping_autograd
 from bitkernels.ssd_scan import acc_dtype
+
+_add_norm = skipping_autograd(torch.ops.bitkernels.add_rms_norm.default)
 
 
 def add_rms_norm(
@@ -28,7 +31,7 @@ def add_rms_norm(
     """
     if not (dtype is None or dtype.is_floating_point):
         raise ValueError(f"add_rms_norm: dtype must be a floating dtype, got {dtype}")
-    return torch.ops.bitkernels.add_rms_norm(residual, branch, weight, eps, dtype or branch.dtype)
+    return _add_norm(residual, branch, weight, eps, dtype or branch.dtype)
 
 
 def _check(residual: Tensor | None, branch: Tensor, weight: Tensor) -> None:

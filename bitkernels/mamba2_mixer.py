@@ -1,15 +1,19 @@
 """``mamba2_mixer``: everything between the two projections of a Mamba-2 block."""
 
+import functools
 import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from bitkernels._autograd import skipping_autograd
 from bitkernels._ops import needed_grads
 from bitkernels.ssd_scan import acc_dtype
 
 TENSORS = 11  # arguments that are tensors; options follow
+
+_mixer = skipping_autograd(torch.ops.bitkernels.mamba2_mixer.default)
 
 
 def mamba2_mixer(
@@ -65,7 +69,7 @@ def mamba2_mixer(
         ValueError: an argument's dtype, shape or device does not fit; the message names it.
     """
     dt_min, dt_max = dt_limit
-    y, final_states = torch.ops.bitkernels.mamba2_mixer(
+    y, final_states = _mixer(
         zxbcdt, conv_weight, conv_bias, dt_bias, A, D, norm_weight, initial_conv_state, initial_states, seq_idx,
         cu_seqlens, ngroups, chunk_size, dt_min, None if dt_max == math.inf else dt_max, norm_eps, norm_group_size,
     )  # fmt: skip
@@ -98,7 +102,23 @@ def _split(zxbcdt: Tensor, channels: int, heads: int) -> tuple[Tensor, Tensor, T
 def _split_conv(xbc: Tensor, width: int, heads: int, ngroups: int) -> tuple[Tensor, Tensor, Tensor]:
     state = (xbc.shape[2] - width) // 2
     x, B, C = xbc.split([width, state, state], -1)
-    return x.unflatten(-1, (heads, -1)), B.unflatten(-1, (ngroups, -1)), C.unflatten(-1, (ngroups, -1))
+    lead, groups = x.shape[:2], (ngroups, state // ngroups)
+    return x.view(*lead, heads, width // heads), B.view(*lead, *groups), C.view(*lead, *groups)
+
+
+@functools.cache
+def _parts(device: str) -> tuple[Callable, Callable, Callable]:
+    """Convolution, scan and norm on such devices: on CUDA past the dispatcher, which would take the host longer than
+    short sequences take the kernels."""
+    if device != "cuda":
+        ops = torch.ops.bitkernels
+        return ops.causal_conv1d.default, ops.ssd_scan.default, ops.gated_rms_norm.default
+    from bitkernels.triton.arguments import on_its_device
+    from bitkernels.triton.causal_conv1d import causal_conv1d
+    from bitkernels.triton.gated_rms_norm import gated_rms_norm
+    from bitkernels.triton.ssd_scan import ssd_scan
+
+    return on_its_device(causal_conv1d), on_its_device(ssd_scan), on_its_device(gated_rms_norm)
 
 
 def _norm_backward(dy, y, z, weight, eps, group_size, dz):
@@ -132,14 +152,15 @@ def _(
     norm_group_size=None,
 ):  # fmt: skip
     _check("mamba2_mixer", zxbcdt, conv_weight, A, norm_weight, ngroups)
-    ops, heads, width = torch.ops.bitkernels, A.shape[0], norm_weight.shape[0]
+    convolution, scan, norm = _parts(zxbcdt.device.type)
+    heads, width = A.shape[0], norm_weight.shape[0]
     z, xbc, dt = _split(zxbcdt, conv_weight.shape[0], heads)
-    xbc = ops.causal_conv1d(xbc, conv_weight, conv_bias, initial_conv_state, seq_idx, cu_seqlens, True)
+    xbc = convolution(xbc, conv_weight, conv_bias, initial_conv_state, seq_idx, cu_seqlens, True)
     x, B, C = _split_conv(xbc, width, heads, ngroups)
-    y, final_states = ops.ssd_scan(
+    y, final_states = scan(
         x, dt, A, B, C, D, None, dt_bias, initial_states, seq_idx, cu_seqlens, True, dt_min, dt_max, chunk_size
     )
-    return ops.gated_rms_norm(y.flatten(2), z, norm_weight, norm_eps, norm_group_size), final_states
+    return norm(y.flatten(2), z, norm_weight, norm_eps, norm_group_size), final_states
 
 
 @torch.library.impl("bitkernels::mamba2_mixer_backward", "CompositeExplicitAutograd")
@@ -149,19 +170,20 @@ def _(
     norm_eps=1e-5, norm_group_size=None,
 ):  # fmt: skip
     _check("mamba2_mixer_backward", zxbcdt, conv_weight, A, norm_weight, ngroups)
-    ops, heads, width = torch.ops.bitkernels, A.shape[0], norm_weight.shape[0]
+    convolution_forward, scan_forward, _ = _parts(zxbcdt.device.type)
+    heads, width = A.shape[0], norm_weight.shape[0]
     z, xbc, dt = _split(zxbcdt, conv_weight.shape[0], heads)
     convolution = xbc, conv_weight, conv_bias, initial_conv_state, seq_idx, cu_seqlens, True
-    x, B, C = _split_conv(ops.causal_conv1d(*convolution), width, heads, ngroups)
+    x, B, C = _split_conv(convolution_forward(*convolution), width, heads, ngroups)
     scan = x, dt, A, B, C, D, None, dt_bias, initial_states, seq_idx, cu_seqlens, True, dt_min, dt_max, chunk_size
-    y = ops.ssd_scan(*scan)[0].flatten(2)
+    y = scan_forward(*scan)[0].flatten(2)
     # The gradients of z, x B C and dt lie side by side, where what makes them writes them.
     dzxbcdt = torch.empty(zxbcdt.shape, dtype=zxbcdt.dtype, device=zxbcdt.device)
     dz, dxbc, ddt = _split(dzxbcdt, conv_weight.shape[0], heads)
     norm_backward, convolution_backward = _writers(zxbcdt.device)
     dy, _, dnorm_weight = norm_backward(dy, y, z, norm_weight, norm_eps, norm_group_size, dz)
     del y
-    dx, own_ddt, dA, dB, dC, dD, _, ddt_bias, dinitial_states = ops.ssd_scan_backward(
+    dx, own_ddt, dA, dB, dC, dD, _, ddt_bias, dinitial_states = torch.ops.bitkernels.ssd_scan_backward(
         dy.unflatten(-1, (heads, -1)), dfinal_states, *scan
     )
     ddt.copy_(own_ddt)

@@ -3,7 +3,10 @@
 import torch
 from torch import Tensor
 
+from bitkernels._autograd import skipping_autograd
 from bitkernels._ops import needed_grads
+
+_linear = skipping_autograd(torch.ops.bitkernels.packed_linear.default)
 
 
 def packed_linear(x: Tensor, w_packed: Tensor, alpha: Tensor, beta: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -26,7 +29,7 @@ def packed_linear(x: Tensor, w_packed: Tensor, alpha: Tensor, beta: Tensor, bias
     Raises:
         ValueError: an argument's dtype, shape or device does not fit; the message names it.
     """
-    return torch.ops.bitkernels.packed_linear(x, w_packed, alpha, beta, bias)
+    return _linear(x, w_packed, alpha, beta, bias)
 
 
 def is_column_scale(alpha: Tensor, K: int) -> bool:

@@ -1,9 +1,8 @@
 """Depthwise causal convolution over time, channels last.
 
-A program of the forward takes a tile of tokens and channels and reads it once per tap; the repeated reads are of the
-same cache lines. One of the backward goes along a strip of tokens, and of the last few keeps inputs and gradients in
-registers: each is read once, and the convolution, which SiLU needs, computed once. Tiles and strips belong to one
-sequence each, and kernels count tokens from its start.
+A program goes along a strip of tokens, and of the last few keeps inputs, in the backward gradients too, in registers:
+each is read once, and the convolution, which SiLU's gradient needs, computed once. A strip belongs to one sequence, and
+kernels count tokens from its start.
 """
 
 import torch
@@ -25,128 +24,25 @@ from bitkernels.triton.mixer_arguments import (
 )
 from bitkernels.triton.ssd_states import Chunks, chunk_table
 
-BLOCK_T = 32
-BLOCK_C = 128
-# Of the backward: tokens and channels of a program, and tokens whose loads are under way together.
-STRIP = 64
-STRIP_C = 256
-AT_ONCE = 4
+# Channels of a program.
+BLOCK_C = 256
+# Tokens of a program, and those whose loads are under way together.
+FORWARD_STRIP, FORWARD_AT_ONCE = 32, 8
+BACKWARD_STRIP, BACKWARD_AT_ONCE = 64, 4
 
 
 @triton.jit
-def load_tap(
-    p_x, p_initial, p_seq_idx, o_t, o_c, m_c, BACK: tl.constexpr, T, stride_x_t, stride_x_c, stride_i_w, stride_i_c,
-    stride_seq_t, WIDTH: tl.constexpr,
-):  # fmt: skip
-    """[BLOCK_T, BLOCK_C] the input BACK tokens before each of o_t, zero where there is none."""
-    o_s = o_t - BACK
-    m_s = (o_s >= 0) & (o_t < T)
-    m_h = (o_s < 0) & (o_s > -WIDTH) & (o_t >= 0) & (o_t < T)
-    if p_seq_idx is not None:
-        here = tl.load(p_seq_idx + o_t * stride_seq_t, mask=(o_t >= 0) & (o_t < T), other=0)
-        # History before t = 0 belongs to the sequence at t = 0.
-        there = tl.load(p_seq_idx + tl.maximum(o_s, 0) * stride_seq_t, mask=m_s | m_h, other=0)
-        m_s = m_s & (here == there)
-        m_h = m_h & (here == there)
-    tap = tl.load(
-        p_x + o_s[:, None] * stride_x_t + o_c[None, :] * stride_x_c, mask=m_s[:, None] & m_c[None, :], other=0.0
-    ).to(tl.float32)
-    if p_initial is not None:
-        o_w = o_s + WIDTH - 1
-        tap += tl.load(
-            p_initial + o_w[:, None] * stride_i_w + o_c[None, :] * stride_i_c,
-            mask=m_h[:, None] & m_c[None, :],
-            other=0.0,
-        ).to(tl.float32)
-    return tap
-
-
-@triton.jit
-def load_weight(p_weight, o_c, m_c, BACK: tl.constexpr, stride_w_c, stride_w_w, WIDTH: tl.constexpr):
-    """[1, BLOCK_C] the weight of the input BACK tokens before."""
-    weight = tl.load(p_weight + o_c * stride_w_c + (WIDTH - 1 - BACK) * stride_w_w, mask=m_c, other=0.0)
-    return weight.to(tl.float32)[None, :]
-
-
-@triton.jit
-def convolve(
-    p_x, p_weight, p_bias, p_initial, p_seq_idx, o_t, o_c, m_c, T, stride_x_t, stride_x_c, stride_w_c, stride_w_w,
-    stride_bias_c, stride_i_w, stride_i_c, stride_seq_t, WIDTH: tl.constexpr, BLOCK_T: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """[BLOCK_T, BLOCK_C] the convolution before its activation."""
-    y = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
-    for back in tl.static_range(0, WIDTH):
-        tap = load_tap(
-            p_x, p_initial, p_seq_idx, o_t, o_c, m_c, back, T, stride_x_t, stride_x_c, stride_i_w, stride_i_c,
-            stride_seq_t, WIDTH,
-        )  # fmt: skip
-        y += tap * load_weight(p_weight, o_c, m_c, back, stride_w_c, stride_w_w, WIDTH)
-    if p_bias is not None:
-        y += tl.load(p_bias + o_c * stride_bias_c, mask=m_c, other=0.0).to(tl.float32)[None, :]
-    return y
-
-
-@triton.jit
-def tile_span(T, p_cu_seqlens, p_sequence, p_first):
-    """Batch row, first token and length of the program's sequence, its number, and which of its tiles this is."""
-    i_tile = tl.program_id(0).to(tl.int64)
+def strip_span(T, p_cu_seqlens, p_sequence, p_first):
+    """Batch row, first token and length of the program's sequence, its number, and which of its strips this is."""
+    i_strip = tl.program_id(0).to(tl.int64)
     if p_cu_seqlens is None:
         i_b = tl.program_id(2).to(tl.int64)
-        return i_b, i_b * 0, T.to(tl.int64), i_b, i_tile
+        return i_b, i_b * 0, T.to(tl.int64), i_b, i_strip
     else:
-        i_seq = tl.load(p_sequence + i_tile)
+        i_seq = tl.load(p_sequence + i_strip)
         begin = tl.maximum(tl.load(p_cu_seqlens + i_seq).to(tl.int64), 0)
         end = tl.minimum(tl.load(p_cu_seqlens + i_seq + 1).to(tl.int64), T)
-        return i_seq * 0, begin, end - begin, i_seq, i_tile - tl.load(p_first + i_seq)
-
-
-@triton.jit(do_not_specialize=["T"])
-def causal_conv1d_kernel(
-    p_x,  # [B, T, C]
-    p_weight,  # [C, WIDTH]
-    p_bias,  # [C] or None
-    p_initial,  # [S, WIDTH - 1, C] or None
-    p_seq_idx,  # [B, T] or None
-    p_cu_seqlens,  # [S + 1] or None
-    p_sequence,  # [tiles] the sequence of each tile, or None
-    p_first,  # [S + 1] the first tile of each sequence, or None
-    p_y,  # [B, T, C] contiguous
-    T,
-    C,
-    stride_x_b,
-    stride_x_t,
-    stride_x_c,
-    stride_w_c,
-    stride_w_w,
-    stride_bias_c,
-    stride_i_b,
-    stride_i_w,
-    stride_i_c,
-    stride_seq_b,
-    stride_seq_t,
-    WIDTH: tl.constexpr,
-    SILU: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    i_b, first, length, i_seq, i_tile = tile_span(T, p_cu_seqlens, p_sequence, p_first)
-    o_t = i_tile * BLOCK_T + tl.arange(0, BLOCK_T)
-    o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    m_c = o_c < C
-    p_x += i_b * stride_x_b + first * stride_x_t
-    if p_initial is not None:
-        p_initial += i_seq * stride_i_b
-    if p_seq_idx is not None:
-        p_seq_idx += i_b * stride_seq_b + first * stride_seq_t
-    y = convolve(
-        p_x, p_weight, p_bias, p_initial, p_seq_idx, o_t, o_c, m_c, length, stride_x_t, stride_x_c, stride_w_c,
-        stride_w_w, stride_bias_c, stride_i_w, stride_i_c, stride_seq_t, WIDTH, BLOCK_T, BLOCK_C,
-    )  # fmt: skip
-    if SILU:
-        y = silu(y)
-    o_y = (i_b * T + first + o_t)[:, None] * C + o_c[None, :]
-    tl.store(p_y + o_y, y.to(p_y.dtype.element_ty), mask=(o_t < length)[:, None] & m_c[None, :])
+        return i_seq * 0, begin, end - begin, i_seq, i_strip - tl.load(p_first + i_seq)
 
 
 @triton.jit
@@ -180,6 +76,97 @@ def shifted(new, held, WIDTH: tl.constexpr):
     for back in tl.static_range(0, WIDTH - 1):
         result = result + (held[back],)
     return result
+
+
+@triton.jit
+def load_weight(p_weight, back: tl.constexpr, o_c, m_c, stride_w_c, stride_w_w, WIDTH: tl.constexpr):
+    """[BLOCK_C] the weight of the input ``back`` tokens before."""
+    return tl.load(p_weight + o_c * stride_w_c + (WIDTH - 1 - back) * stride_w_w, mask=m_c, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def convolve(p_seq_idx, inputs, segments, weight, bias, WIDTH: tl.constexpr):
+    """[BLOCK_C] the convolution at the newest of the inputs, before its activation."""
+    y = bias
+    for back in tl.static_range(0, WIDTH):
+        tap = inputs[back]
+        if p_seq_idx is not None:
+            tap = tl.where(segments[back] == segments[0], tap, 0.0)
+        y += tap * weight[back]
+    return y
+
+
+@triton.jit(do_not_specialize=["T"])
+def causal_conv1d_kernel(
+    p_x,  # [B, T, C]
+    p_weight,  # [C, WIDTH]
+    p_bias,  # [C] or None
+    p_initial,  # [S, WIDTH - 1, C] or None
+    p_seq_idx,  # [B, T] or None
+    p_cu_seqlens,  # [S + 1] or None
+    p_sequence,  # [strips] the sequence of each strip, or None
+    p_first,  # [S + 1] the first strip of each sequence, or None
+    p_y,  # [B, T, C] contiguous
+    T,
+    C,
+    stride_x_b,
+    stride_x_t,
+    stride_x_c,
+    stride_w_c,
+    stride_w_w,
+    stride_bias_c,
+    stride_i_b,
+    stride_i_w,
+    stride_i_c,
+    stride_seq_b,
+    stride_seq_t,
+    WIDTH: tl.constexpr,
+    SILU: tl.constexpr,
+    STRIP: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    i_b, first, length, i_seq, i_strip = strip_span(T, p_cu_seqlens, p_sequence, p_first)
+    begin = i_strip * STRIP
+    o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    m_c = o_c < C
+    # From here on tokens count from the strip's first, in 32 bits; those of the sequence are from low to high.
+    low = tl.maximum(-begin, -WIDTH).to(tl.int32)
+    high = tl.minimum(length - begin, STRIP).to(tl.int32)
+    p_x += i_b * stride_x_b + (first + begin) * stride_x_t
+    p_y += (i_b * T + first + begin) * C
+    if p_initial is not None:
+        p_initial += i_seq * stride_i_b
+    if p_seq_idx is not None:
+        p_seq_idx += i_b * stride_seq_b + (first + begin) * stride_seq_t
+
+    bias = tl.zeros([BLOCK_C], tl.float32)
+    if p_bias is not None:
+        bias = tl.load(p_bias + o_c * stride_bias_c, mask=m_c, other=0.0).to(tl.float32)
+    weight, inputs, segments = (), (), ()  # newest first
+    for back in tl.static_range(0, WIDTH):
+        weight = weight + (load_weight(p_weight, back, o_c, m_c, stride_w_c, stride_w_w, WIDTH),)
+        inputs = inputs + (load_input(
+            p_x, p_initial, -1 - back, low, high, o_c, C, stride_x_t, stride_x_c, stride_i_w, stride_i_c, WIDTH
+        ),)  # fmt: skip
+        segments = segments + (load_segment(p_seq_idx, -1 - back, low, high, stride_seq_t),)
+    for i_step in range(0, tl.cdiv(high, AT_ONCE)):
+        # Loads of some tokens are on their way before the first of them is needed.
+        read, read_segment = (), ()
+        for i in tl.static_range(0, AT_ONCE):
+            l = i_step * AT_ONCE + i
+            m_x = o_c < tl.where(l < high, C, 0)
+            read = read + (tl.load(p_x + l * stride_x_t + o_c * stride_x_c, mask=m_x, other=0.0),)
+            read_segment = read_segment + (load_segment(p_seq_idx, l, low, high, stride_seq_t),)
+        for i in tl.static_range(0, AT_ONCE):
+            l = i_step * AT_ONCE + i
+            inputs = shifted(read[i].to(tl.float32), inputs, WIDTH)
+            segments = shifted(read_segment[i], segments, WIDTH)
+            y = convolve(p_seq_idx, inputs, segments, weight, bias, WIDTH)
+            if SILU:
+                y = silu(y)
+            m_y = o_c < tl.where(l < high, C, 0)
+            tl.store(p_y + l * C + o_c, y.to(p_y.dtype.element_ty), mask=m_y)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -221,7 +208,7 @@ def causal_conv1d_backward_kernel(
     AT_ONCE: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    i_b, first, length, i_seq, i_strip = tile_span(T, p_cu_seqlens, p_sequence, p_first)
+    i_b, first, length, i_seq, i_strip = strip_span(T, p_cu_seqlens, p_sequence, p_first)
     i_row = tl.program_id(2).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
     begin = i_strip * STRIP
     o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -245,8 +232,7 @@ def causal_conv1d_backward_kernel(
     # Newest first: inputs, gradients before the activation, and the sequences they belong to.
     weight, inputs, gradients, segments, dweight = (), (), (), (), ()
     for back in tl.static_range(0, WIDTH):
-        w = tl.load(p_weight + o_c * stride_w_c + (WIDTH - 1 - back) * stride_w_w, mask=m_c, other=0.0)
-        weight = weight + (w.to(tl.float32),)
+        weight = weight + (load_weight(p_weight, back, o_c, m_c, stride_w_c, stride_w_w, WIDTH),)
         inputs = inputs + (load_input(
             p_x, p_initial, -1 - back, low, high, o_c, C, stride_x_t, stride_x_c, stride_i_w, stride_i_c, WIDTH
         ),)  # fmt: skip
@@ -269,12 +255,7 @@ def causal_conv1d_backward_kernel(
             l = i_step * AT_ONCE + i
             inputs = shifted(read_x[i], inputs, WIDTH)
             segments = shifted(read_segment[i], segments, WIDTH)
-            y = bias
-            for back in tl.static_range(0, WIDTH):
-                tap = inputs[back]
-                if p_seq_idx is not None:
-                    tap = tl.where(segments[back] == segments[0], tap, 0.0)
-                y += tap * weight[back]
+            y = convolve(p_seq_idx, inputs, segments, weight, bias, WIDTH)
             g = read_dy[i].to(tl.float32)
             if SILU:
                 g *= silu_gradient(y)
@@ -362,20 +343,20 @@ def _shared_strides(weight: Tensor, bias: Tensor | None, initial: Tensor | None,
     )
 
 
-def _tiles(T: int, packed: bool, sequences: int, length: int, history: int = 0) -> tuple[int, int]:
-    """Tiles of ``length`` tokens of a row, and rows, where every sequence is longer by ``history``."""
+def _strips(T: int, packed: bool, sequences: int, length: int, history: int = 0) -> tuple[int, int]:
+    """Strips of ``length`` tokens of a row, and rows, where every sequence is longer by ``history``."""
     if not packed:
         return cdiv(T + history, length), sequences
     # An upper bound, so that nothing waits for the device.
     return cdiv(T + sequences * history, length) + sequences, 1
 
 
-def _table(T: int, tiles: int, cu_seqlens: Tensor | None, sequences: int, length: int, history: int = 0) -> tuple:
-    """What ``tile_span`` reads."""
+def _table(T: int, strips: int, cu_seqlens: Tensor | None, sequences: int, length: int, history: int = 0) -> tuple:
+    """What ``strip_span`` reads."""
     if cu_seqlens is None:
         return None, None, None
     ends = cu_seqlens + history * torch.arange(sequences + 1, device=cu_seqlens.device)
-    _, sequence, first = chunk_table(Chunks(T, length, length, tiles, sequences, packed=True), ends)
+    _, sequence, first = chunk_table(Chunks(T, length, length, strips, sequences, packed=True), ends)
     return cu_seqlens.contiguous(), sequence, first
 
 
@@ -387,17 +368,17 @@ class ConvolutionPlan:
         if x.numel() == 0:
             return
         T, C = x.shape[1:]
-        self.tiles, rows = _tiles(T, cu_seqlens is not None, self.sequences, BLOCK_T)
+        self.strips, rows = _strips(T, cu_seqlens is not None, self.sequences, FORWARD_STRIP)
         self.launch = Launch(
-            causal_conv1d_kernel, (self.tiles, cdiv(C, BLOCK_C), rows), T, C, *x.stride(),
-            *_shared_strides(weight, bias, initial_state, seq_idx), weight.shape[1], silu, BLOCK_T, BLOCK_C,
-            num_warps=4,
+            causal_conv1d_kernel, (self.strips, cdiv(C, BLOCK_C), rows), T, C, *x.stride(),
+            *_shared_strides(weight, bias, initial_state, seq_idx), weight.shape[1], silu, FORWARD_STRIP,
+            FORWARD_AT_ONCE, BLOCK_C, num_warps=1,
         )  # fmt: skip
 
     def __call__(self, x, weight, bias, initial_state, seq_idx, cu_seqlens) -> Tensor:
         y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         if x.numel() > 0:
-            table = _table(x.shape[1], self.tiles, cu_seqlens, self.sequences, BLOCK_T)
+            table = _table(x.shape[1], self.strips, cu_seqlens, self.sequences, FORWARD_STRIP)
             self.launch(x, weight, bias, initial_state, seq_idx, *table, y)
         return y
 
@@ -444,15 +425,15 @@ def causal_conv1d_backward(
         dbias = torch.empty(0, **fresh) if bias is None else torch.zeros(C, **fresh)
         return dx, torch.zeros(C, width, **fresh), dbias, dinitial.zero_()
     history = 0 if initial_state is None else width - 1
-    strips, rows = _tiles(T, cu_seqlens is not None, sequences, STRIP, history)
-    table = _table(T, strips, cu_seqlens, sequences, STRIP, history)
+    strips, rows = _strips(T, cu_seqlens is not None, sequences, BACKWARD_STRIP, history)
+    table = _table(T, strips, cu_seqlens, sequences, BACKWARD_STRIP, history)
     dweight = torch.empty(rows * strips, width, C, **fresh)
     dbias = None if bias is None else torch.empty(rows * strips, C, **fresh)
-    causal_conv1d_backward_kernel[(strips, cdiv(C, STRIP_C), rows)](
+    causal_conv1d_backward_kernel[(strips, cdiv(C, BLOCK_C), rows)](
         dy, x, weight, bias, initial_state, seq_idx, *table, dx, dweight, dbias,
         None if initial_state is None else dinitial, T, C,
         *dy.stride(), *x.stride(), *dx.stride()[:2], *_shared_strides(weight, bias, initial_state, seq_idx),
-        WIDTH=width, SILU=silu, STRIP=STRIP, AT_ONCE=AT_ONCE, BLOCK_C=STRIP_C, num_warps=2,
+        WIDTH=width, SILU=silu, STRIP=BACKWARD_STRIP, AT_ONCE=BACKWARD_AT_ONCE, BLOCK_C=BLOCK_C, num_warps=2,
     )  # fmt: skip
     return dx, dweight.sum(0).T.contiguous(), torch.empty(0, **fresh) if dbias is None else dbias.sum(0), dinitial
 
