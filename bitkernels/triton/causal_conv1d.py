@@ -372,7 +372,7 @@ class ConvolutionPlan:
         self.launch = Launch(
             causal_conv1d_kernel, (self.strips, cdiv(C, BLOCK_C), rows), T, C, *x.stride(),
             *_shared_strides(weight, bias, initial_state, seq_idx), weight.shape[1], silu, FORWARD_STRIP,
-            FORWARD_AT_ONCE, BLOCK_C, num_warps=1,
+            FORWARD_AT_ONCE, BLOCK_C, num_warps=2,
         )  # fmt: skip
 
     def __call__(self, x, weight, bias, initial_state, seq_idx, cu_seqlens) -> Tensor:
