@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import DTensor
 
 from bitkernels.models import BiMambaForCausalLM
-from bitkernels.training.sign_gather import gather_signs_, plain
+from bitkernels.training.sign_gather import LatentShard, gather_signs_, plain
 
 
 @contextlib.contextmanager
@@ -99,8 +99,9 @@ def shard_(model: BiMambaForCausalLM, signs_alone: bool = True) -> list[str]:
     """Shards ``model`` over all processes with FSDP2, in place: each block on its own, and the rest together.
 
     Parameters, gradients and optimiser states are sharded in their own dtype, and products run in the autocast type.
-    With ``signs_alone`` the latent weights of binary layers travel as sign bits. All processes must then use the
-    model together, also to evaluate it, and must hold equal weights before.
+    With ``signs_alone`` the latent weights of binary layers travel as sign bits, and blocks of such layers are gathered
+    once a step: until the backward they keep them, a bit a weight. All processes must then use the model together, also
+    to evaluate it, and must hold equal weights before.
 
     Returns:
         The names of binary weights that are gathered whole (see ``gather_signs_``).
@@ -109,7 +110,8 @@ def shard_(model: BiMambaForCausalLM, signs_alone: bool = True) -> list[str]:
     mesh = init_device_mesh(model.device.type, (size,))
     whole = gather_signs_(model, size) if signs_alone else []
     for mixer in unique_mixers(model):
-        fully_shard(mixer, mesh=mesh)
+        signs = all(isinstance(p.weight, LatentShard) for p in (mixer.in_proj, mixer.out_proj))
+        fully_shard(mixer, mesh=mesh, reshard_after_forward=not signs)
     fully_shard(model, mesh=mesh)
     register_fsdp_forward_method(model, "hidden_states")
     return whole
@@ -117,6 +119,13 @@ def shard_(model: BiMambaForCausalLM, signs_alone: bool = True) -> list[str]:
 
 def is_sharded(model: nn.Module) -> bool:
     return isinstance(model, FSDPModule)
+
+
+def reshard_(model: nn.Module) -> None:
+    """Frees what an evaluation left gathered: the next use gathers again, which a graph must do in each replay."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def whole_model(model: BiMambaForCausalLM) -> BiMambaForCausalLM:

@@ -24,6 +24,7 @@ from bitkernels.training.distributed import (
     is_sharded,
     mean,
     rank,
+    reshard_,
     shard_,
     unique_mixers,
     world_size,
@@ -194,10 +195,9 @@ def train(
         raise ValueError("train: the embedding is rounded to int8, which is for inference")
     config.part_size(world_size())
     windows = Windows(tokens, config.length, config.seed)
-    sharded = is_sharded(model) or (world_size() > 1 and not config.replicate)
-    if config.capture and (model.device.type != "cuda" or sharded):
-        raise ValueError("train: capture needs a GPU, and with several processes replicate")
-    if sharded and not is_sharded(model):
+    if config.capture and model.device.type != "cuda":
+        raise ValueError("train: capture needs a GPU")
+    if world_size() > 1 and not config.replicate and not is_sharded(model):
         shard_(model, config.signs_alone)
     optimizer = _optimizer(model, config)
     run = _description(config, windows)
@@ -214,6 +214,7 @@ def train(
             torch.manual_seed(int(np.random.SeedSequence((config.seed, step, rank())).generate_state(1)[0]))
             for group in optimizer.param_groups:
                 group["lr"] = config.lr_at(step)
+            reshard_(model)
             loss, norm = update([part.to(model.device) for part in _parts(windows, step, config)])
             done = step + 1
             if on_step is not None:

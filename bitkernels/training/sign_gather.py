@@ -2,8 +2,8 @@
 
 FSDP2 asks a parameter that is a tensor subclass what to gather (``fsdp_pre_all_gather``) and what to make of it
 (``fsdp_post_all_gather``). A layer's forward and backward read nothing of its latent weight but the signs, so a
-gathered weight is a matrix of -1 and +1; the latent values and the optimiser's states stay on their shards, and the
-gradient comes back to them by the usual reduce-scatter.
+gathered weight is packed sign bits that pass for a matrix; the latent values and the optimiser's states stay on their
+shards, and the gradient comes back to them by the usual reduce-scatter.
 """
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 
-from bitkernels import pack_sign, unpack_sign
+from bitkernels import pack_sign
 from bitkernels.nn import FBILinear
 
 aten = torch.ops.aten
@@ -69,11 +69,35 @@ class LatentShard(Tensor):
         return (pack_sign(self.data_).view(torch.int32),), (outer_size[1],)
 
     def fsdp_post_all_gather(self, outputs, metadata, param_dtype, *, out=None):
-        signs = unpack_sign(outputs[0].view(torch.uint32), metadata[0], param_dtype)
-        if out is None:
-            return signs, (signs,)
-        with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(out):
-            out.copy_(signs)
+        if out is None:  # else it reads the memory that outputs are gathered into
+            words = outputs[0].view(torch.uint32)
+            return GatheredSigns(words, metadata[0], param_dtype), (words,)
+
+
+class GatheredSigns(Tensor):
+    """A whole weight [N, K] of which there are sign bits alone: ``sign_linear`` takes it, and nothing else does."""
+
+    @staticmethod
+    def __new__(cls, words: Tensor, width: int, dtype: torch.dtype):
+        return Tensor._make_wrapper_subclass(cls, (len(words), width), dtype=dtype, device=words.device)
+
+    def __init__(self, words: Tensor, width: int, dtype: torch.dtype):
+        self.words = words  # uint32 [N, ceil(K / 32)]
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        if function is torch.ops.bitkernels.sign_linear.default:
+            x, weight, *others = args
+            return torch.ops.bitkernels.packed_linear(x, weight.words, *others), weight.words
+        # FSDP and nn.Parameter take the same weight once more.
+        if function is aten.detach.default or (function is aten.as_strided.default and list(args[0].shape) == args[1]):
+            return cls(args[0].words, args[0].shape[1], args[0].dtype)
+        raise TypeError(f"{function} of a gathered weight, of which there are sign bits alone")
+
+    def __repr__(self):
+        return f"GatheredSigns({list(self.shape)}, {self.dtype})"
 
 
 def gather_signs_(module: nn.Module, shards: int) -> list[str]:
