@@ -2,8 +2,9 @@
 
     torchrun --nproc-per-node 2 benchmarks/training_scaling.py OUT.json
 
-8 x 2048 tokens a GPU: sharded (FSDP2, sign bits on the wire), and replicated with the step captured. The losses are of
-one global batch for all. Every process first trains alone, on its own GPU. Without a GPU a tiny model shows the steps.
+8 x 2048 tokens a GPU: sharded (FSDP2, sign bits on the wire), also with the step captured, and replicated with the step
+captured. The losses are of one global batch for all. Every process first trains alone, on its own GPU. Without a GPU a
+tiny model shows the steps.
 """
 
 import gc
@@ -58,7 +59,7 @@ def main(out: str, expected: int) -> None:
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if CUDA else torch.device("cpu")
     if CUDA:
         torch.cuda.set_device(device)
-    captured = {"capture": True, "replicate": True} if CUDA else {"replicate": True}
+    captured = {"capture": CUDA}
     rows = {
         "one": run(device, BATCH),
         "one, captured": run(device, BATCH, **captured),
@@ -67,7 +68,8 @@ def main(out: str, expected: int) -> None:
     with processes(torch.device("cuda" if CUDA else "cpu")) as device:
         assert world_size() == expected
         rows[f"{expected}, sharded"] = run(device, BATCH * expected)
-        rows[f"{expected}, replicated, captured"] = run(device, BATCH * expected, **captured)
+        rows[f"{expected}, sharded, captured"] = run(device, BATCH * expected, **captured)
+        rows[f"{expected}, replicated, captured"] = run(device, BATCH * expected, replicate=True, **captured)
         if rank() == 0:
             machine = torch.cuda.get_device_name() if CUDA else "CPU"
             with open(out, "w") as file:

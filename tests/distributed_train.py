@@ -1,8 +1,9 @@
 """What test_distributed.py does in every process; under torchrun in two, and alone.
 
-    torchrun --nproc-per-node 2 distributed_train.py FOLDER
+    torchrun --nproc-per-node 2 distributed_train.py FOLDER [cuda]
 
-writes FOLDER/results.json: losses and gradient norms of runs, and the bytes that were gathered.
+writes FOLDER/results.json: losses and gradient norms of runs, and what was gathered; with cuda, of runs on GPUs with
+steps as they are and captured.
 """
 
 import json
@@ -39,6 +40,14 @@ MODELS = {
     "shared layers": {"sharing": "universal"},
     "ternary": {"weight_format": "ternary", "ternary_embedding": True, "ternary_head": True, "tie_embeddings": False},
 }
+# Runs that are captured on GPUs, and changes of their models.
+CAPTURED = {
+    "signs": (RUNS["bfloat16"], {}),
+    "whole weights": (replace(RUNS["bfloat16"], signs_alone=False), {}),
+    "accumulated and recomputed": (replace(RUNS["bfloat16"], accumulation=2, recompute=True), {}),
+    "replicated": (replace(RUNS["bfloat16"], replicate=True), {}),
+    **{name: (RUNS["bfloat16"], changes) for name, changes in MODELS.items()},
+}
 # [N, K] of the projections of the 780M model.
 LAYERS = {"in_proj": (6448, 1536), "out_proj": (1536, 3072)}
 
@@ -46,17 +55,25 @@ random = np.random.default_rng(0)
 DATA = Tokens(random.integers(300, size=2000).astype(np.uint16), np.arange(0, 2000, 23))
 
 
+HELD_OUT = torch.from_numpy(DATA.tokens[:129].astype(np.int64))
+
+
 def tiny(**changes):
     torch.manual_seed(0)
     return BiMambaForCausalLM(CONFIGS["tiny"].replace(vocab_size=300, **changes))
 
 
-def run(config, checkpoints=None, stop=None, **changes):
-    """The trained model, and [loss, norm of the gradients] by step; ``stop`` ends the run after so many steps."""
-    model, curve = tiny(**changes), {}
+def run(config, checkpoints=None, stop=None, look=False, device="cpu", **changes):
+    """The trained model, and [loss, norm of the gradients] by step; ``stop`` ends the run after so many steps.
+
+    With ``look`` also the held-out perplexity after each step, for which all weights are gathered.
+    """
+    model, curve = tiny(**changes).to(device), {}
 
     def on_step(step):
         curve[step.done] = [float(step.loss), float(step.grad_norm)]
+        if look:
+            curve[step.done].append(perplexity(model, HELD_OUT, 16))
         if stop is not None and step.done > stop:
             raise InterruptedError
 
@@ -78,15 +95,32 @@ def gathered_bytes(N, K):
     return gathered.bytes
 
 
-class Gathered(TorchDispatchMode):
-    """Counts the bytes that this process puts into all-gathers."""
+def gathers(config):
+    """All-gathers of one step."""
+    with Gathered() as gathered:
+        run(replace(config, steps=1))
+    return gathered.count
 
-    bytes = 0
+
+class Gathered(TorchDispatchMode):
+    """Counts all-gathers, and the bytes that this process puts into them."""
+
+    count = bytes = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function is torch.ops.c10d._allgather_base_.default:
+            self.count += 1
             self.bytes += args[1].nbytes
         return function(*args, **(kwargs or {}))
+
+
+def captured_pairs(device):
+    """Runs on a GPU, as they are and with captured steps."""
+    pairs = {}
+    for name, (config, changes) in CAPTURED.items():
+        configs = config, replace(config, capture=True)
+        pairs[name] = [run(c, look=True, device=device, **changes)[1] for c in configs]
+    return pairs
 
 
 def main(folder):
@@ -99,18 +133,21 @@ def main(folder):
     replicated = Checkpoints(folder / "replicated", every=2)
     results["replicated, then sharded"] = run(RUNS["replicated"], replicated, stop=4)[1] | run(CONFIG, replicated)[1]
     model, results["ended by two"] = run(CONFIG, Checkpoints(folder / "one", every=3))
-    held_out = torch.from_numpy(DATA.tokens[:129].astype(np.int64))
-    results["perplexity"] = perplexity(model, held_out, 16)
+    results["looked at"] = run(CONFIG, look=True)[1]
+    results["perplexity"] = perplexity(model, HELD_OUT, 16)
     whole = whole_model(model)
-    results["whole model"] = perplexity(whole, held_out, 16)
+    results["whole model"] = perplexity(whole, HELD_OUT, 16)
     results["plain parameters"] = all(type(p) is nn.Parameter for p in whole.parameters())
     results["bytes"] = {name: gathered_bytes(*shape) for name, shape in LAYERS.items()}
+    results["gathers"] = {name: gathers(RUNS[name]) for name in ("signs", "whole weights")}
     uneven = FBILinear(64, 101)
     results["uneven"] = gather_signs_(uneven, 2)
-    if rank() == 0:
-        (folder / "results.json").write_text(json.dumps(results))
+    return results
 
 
 if __name__ == "__main__":
-    with processes(torch.device("cpu")):
-        main(Path(sys.argv[1]))
+    folder, kind = Path(sys.argv[1]), torch.device(sys.argv[2] if len(sys.argv) > 2 else "cpu")
+    with processes(kind) as device:
+        results = main(folder) if kind.type == "cpu" else captured_pairs(device)
+        if rank() == 0:
+            (folder / "results.json").write_text(json.dumps(results))

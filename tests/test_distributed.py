@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from distributed_train import CONFIG, LAYERS, MODELS, RUNS, run
+import torch
+from distributed_train import CAPTURED, CONFIG, LAYERS, MODELS, RUNS, run, tiny
 
 from bitkernels.training import Checkpoints, TrainConfig
 
@@ -22,18 +23,30 @@ def folder(tmp_path_factory):
     """Of two processes, that found a checkpoint of one in "one" and left theirs in "two"."""
     folder = tmp_path_factory.mktemp("distributed")
     run(CONFIG, Checkpoints(folder / "one", every=3), stop=3)
+    two_processes(folder)
+    return folder
+
+
+def two_processes(folder, *arguments):
+    """What they leave in ``folder``."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {**os.environ, "PYTHONPATH": str(TESTS.parent), "OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, str(TESTS / "distributed_train.py"), str(folder)], env=environment, capture_output=True, text=True
-    )
+    script = [str(TESTS / "distributed_train.py"), str(folder), *arguments]
+    done = subprocess.run([*command, *script], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
-    return folder
+    return json.loads((folder / "results.json").read_text())
 
 
 @pytest.fixture(scope="module")
 def results(folder):
     return json.loads((folder / "results.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("no two CUDA devices are visible")
+    return two_processes(tmp_path_factory.mktemp("captured"), "cuda")
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +103,26 @@ def test_signs_are_a_tenth_of_bfloat16(layer, results):
     # A row of alpha and one of beta are padded to one a process.
     assert results["bytes"][layer] == N * K // 8 // 2 + 2 * 4 * K
     assert whole >= 10 * results["bytes"][layer]
+
+
+def test_blocks_of_signs_are_gathered_once_a_step(results):
+    blocks = len(tiny().layers)
+    assert results["gathers"] == {"signs": blocks + 1, "whole weights": 2 * blocks + 1}
+
+
+def test_evaluations_between_steps_change_nothing(results):
+    looked_at = results["looked at"]
+    assert {step: values[:2] for step, values in looked_at.items()} == results["curves"]["signs"]
+    assert len({held_out for _, _, held_out in looked_at.values()}) == len(looked_at)
+    assert looked_at["6"][2] == pytest.approx(results["perplexity"], rel=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", CAPTURED)
+def test_captured_steps_of_two_have_the_same_bits(name, pairs):
+    """And held-out perplexities between them, for which nothing may be kept from before a step."""
+    expected, captured = pairs[name]
+    assert captured == expected
 
 
 def test_rows_that_cannot_be_shared_out_evenly(results):
