@@ -160,7 +160,7 @@ def train(
     accumulation: Annotated[int, typer.Option(min=1, help="Parts that a process does its windows in.")] = 1,
     recompute: Annotated[bool, typer.Option(help="Keep no activations of the blocks.")] = False,
     replicate: Annotated[bool, typer.Option(help="Each process holds the model, instead of a share of it.")] = False,
-    capture: Annotated[bool, typer.Option(help="Launch a step as one CUDA graph: faster for small models.")] = False,
+    capture: Annotated[bool, typer.Option(help="Launch a step as one CUDA graph, where the host is slow.")] = False,
     length: Annotated[int, typer.Option(min=1, help="Tokens of a training window.")] = 128,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate. Default: the recipe's.")] = None,
     autocast: Annotated[bool, typer.Option(help="bf16 activations; latent weights stay fp32.")] = False,

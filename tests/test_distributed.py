@@ -9,8 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from distributed_train import CAPTURED, CONFIG, LAYERS, MODELS, RUNS, run, tiny
+from torch import nn
 
+from bitkernels import pack_sign
+from bitkernels.nn import FBILinear
 from bitkernels.training import Checkpoints, TrainConfig
+from bitkernels.training.sign_gather import GatheredSigns
 
 TESTS = Path(__file__).parent
 # Relative, of losses and norms: sums are taken in another order, in float32, and in bfloat16's activations; int8
@@ -94,6 +98,22 @@ def test_one_goes_on_where_two_stopped(folder, results, alone):
 def test_the_whole_model_is_the_sharded_one(results):
     assert results["plain parameters"]
     assert results["whole model"] == pytest.approx(results["perplexity"], rel=1e-6)
+
+
+def test_gathered_signs_stand_for_a_weight():
+    layer, x = FBILinear(40, 6), torch.randn(3, 40, requires_grad=True)
+    layer(x).square().sum().backward()
+    expected = [x.grad, *(p.grad for p in layer.parameters())]
+    layer.weight = nn.Parameter(GatheredSigns(pack_sign(layer.weight), 40, torch.float32))
+    x.grad = None
+    layer.zero_grad()
+    layer(x).square().sum().backward()
+    for ours, theirs in zip([x.grad, *(p.grad for p in layer.parameters())], expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    with pytest.raises(NotImplementedError, match="add.Tensor of a gathered weight"):
+        layer.weight + 1
+    with pytest.raises(NotImplementedError, match="sign bits alone"):
+        layer.weight.as_strided((40, 6), (1, 40))
 
 
 @pytest.mark.parametrize("layer", LAYERS)

@@ -16,7 +16,8 @@ Update = Callable[[Sequence[Batch]], tuple[Tensor, ...]]
 
 
 class CapturedStep:
-    """``update`` of a step's parts, launched as one graph: small models spend most of a step launching kernels.
+    """``update`` of a step's parts, launched as one graph: small models spend most of a step launching kernels, sharded
+    ones in FSDP2.
 
     ``update`` waits for nothing and always gets parts of the same shapes; it ends with ``optimizer``'s step and leaves
     no gradients. The graph reads the parts and the learning rates from tensors that each call fills.

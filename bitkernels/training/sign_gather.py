@@ -94,7 +94,7 @@ class GatheredSigns(Tensor):
         # FSDP and nn.Parameter take the same weight once more.
         if function is aten.detach.default or (function is aten.as_strided.default and list(args[0].shape) == args[1]):
             return cls(args[0].words, args[0].shape[1], args[0].dtype)
-        raise TypeError(f"{function} of a gathered weight, of which there are sign bits alone")
+        raise NotImplementedError(f"{function} of a gathered weight, of which there are sign bits alone")
 
     def __repr__(self):
         return f"GatheredSigns({list(self.shape)}, {self.dtype})"
