@@ -29,7 +29,7 @@ LAYERS = {
 HEADS = {"780M": 48, "2.7B": 80}
 HEADDIM, STATE = 64, 128
 
-# rms(out - ref) / rms(ref) beyond which a result counts as wrong and is not timed.
+# rms_error beyond which a result counts as wrong and is not timed.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
 Call = Callable[[], object]
@@ -65,10 +65,15 @@ def device_of(config) -> str:
 
 def verify(out: Tensor, ref: Tensor, tolerance: float | None = None) -> None:
     limit = TOLERANCE[out.dtype] if tolerance is None else tolerance
-    out, ref = out.detach().double(), ref.detach().double()
-    error = ((out - ref).square().mean().sqrt() / ref.square().mean().sqrt()).item()
+    error = rms_error(out, ref)
     if not error <= limit:
         raise AssertionError(f"wrong result, not timed: error {error:.3g} above {limit:.3g}")
+
+
+def rms_error(out: Tensor, ref: Tensor) -> float:
+    """``rms(out - ref) / rms(ref)``."""
+    out, ref = out.detach().double(), ref.detach().double()
+    return ((out - ref).square().mean().sqrt() / ref.square().mean().sqrt()).item()
 
 
 def cache_bytes(device: str) -> int:
@@ -209,6 +214,15 @@ def peak_megabytes(call: Call) -> float | None:
     torch.cuda.synchronize()
     del result
     return round((torch.cuda.max_memory_allocated() - before) / 1e6, 1)
+
+
+def quantity(case: str, unit: str, ours: float, peers: dict[str, float | str] | None = None, **columns) -> dict:
+    """A row of something other than time of which less is better, too; a peer's reason stands for one not measured."""
+    against = {
+        name: {"absent": theirs} if isinstance(theirs, str) else {"value": theirs, "ratio": round(theirs / ours, 3)}
+        for name, theirs in (peers or {}).items()
+    }
+    return {"case": case, "unit": unit, "value": ours, **columns, "peers": against, "headline": False}
 
 
 def nbytes(*tensors: Tensor | None) -> int:

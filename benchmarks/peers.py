@@ -2,6 +2,7 @@
 
 import importlib.util
 import sys
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
@@ -26,9 +27,13 @@ def _import(name: str) -> ModuleType | str:
         return f"{name} cannot be imported: {error}"
 
 
-def gemlite_linear(name: str, bits: int, x: Tensor, codes: Tensor, scale: Tensor, zero: float) -> Contender | Absent:
-    """GemLite's 1- or 2-bit layer of ``scale * (codes - zero)``, one scale per row."""
+def gemlite_linear(
+    name: str, bits: int, x: Tensor, codes: Tensor, scale: Tensor, zero: float, wanted: bool
+) -> Contender | Absent:
+    """GemLite's 1- or 2-bit layer of ``scale * (codes - zero)``, one scale per row. It tunes for 10 to 20 s a shape."""
     helper = "gemlite needs a GPU" if not x.is_cuda else _import("gemlite.helper")
+    if not (isinstance(helper, str) or wanted):
+        helper = "not timed in this run, which tunes it for other cases"
     if isinstance(helper, str):
         return Absent(name, helper)
     build = {1: helper.A16W1_HQQ_INT, 2: helper.A16W2_HQQ_INT}[bits]
@@ -59,3 +64,11 @@ def mamba_ssm(module: str, device: str, folder: str = "ops.triton.") -> ModuleTy
     if "mamba_ssm" not in sys.modules:
         sys.modules["mamba_ssm"] = importlib.util.module_from_spec(spec)
     return _import(f"mamba_ssm.{folder}{module}")
+
+
+def mamba_scan(device: str, wanted: bool) -> Callable | str:
+    """mamba_ssm's scan, or why it is not timed. It tunes itself for about a minute."""
+    found = mamba_ssm("ssd_combined", device)
+    if isinstance(found, str):
+        return found
+    return found.mamba_chunk_scan_combined if wanted else "not timed in this run, which tunes it for other cases"

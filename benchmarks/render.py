@@ -32,20 +32,29 @@ def peer_cells(row: dict, names: list[str]) -> list[str]:
             cells.append("")
         elif "absent" in peer:
             cells.append("absent")
+        elif "value" in peer:
+            cells.append(f"{figure(peer['value'])} ({figure(peer['ratio'])}x)")
         else:
             cells.append(f"{figure(peer['us'])} ({figure(peer['speedup'])}x)")
     return cells
 
 
 def table(rows: list[dict]) -> list[str]:
-    """One line a case; a peer's cell is its time and how many times ours is faster."""
+    """One line a case; a peer's cell is its time, or what else the rows tell, and how many times ours that is."""
     peers = list(dict.fromkeys(name for row in rows for name in row["peers"]))
+    if unit := rows[0].get("unit"):
+        lines = [f"| {' | '.join(['case', unit, *(f'{name}, {unit}' for name in peers)])} |"]
+        lines.append(f"| --- |{' ---: |' * (1 + len(peers))}")
+        for row in rows:
+            lines.append(f"| {' | '.join([row['case'], figure(row['value']), *peer_cells(row, peers)])} |")
+        return lines
     columns = (
         "tokens/s",
         "read GB/s",
         "% of read",
         "bitkernels, MB",
         "F.linear, MB",
+        "mamba_ssm, MB",
         "mamba_ssm bf16, MB",
         "simulation, MB",
         "resident, MB",

@@ -30,7 +30,10 @@ def test_render_writes_and_check_notices(tmp_path, monkeypatch):
     peers = {"peer": {**times, "speedup": 2.0}, "missing": {"absent": "not installed"}}
     row = {"case": "a case", **times, "GB/s": 1.0, "TFLOP/s": 0.0, "headline": True, "peers": peers}
     op = dict.fromkeys(("driver", "triton"), "1") | {"torch": "2", "commit": "f" * 40, "dirty": True, "peers": {}}
-    content = {"machine": "m", "device": "cpu", "ops": {"op": {**op, "date": "2030-01-01T00:00:00", "rows": [row]}}}
+    of_errors = [{"case": "y", "unit": "error", "value": 2e-3, "peers": {"peer": {"value": 3e-3, "ratio": 1.5}}}]
+    op["date"] = "2030-01-01T00:00:00"
+    ops = {"op": {**op, "rows": [row]}, "accuracy": {**op, "rows": [of_errors[0] | {"headline": False}]}}
+    content = {"machine": "m", "device": "cpu", "ops": ops}
     (tmp_path / "benchmarks" / "results" / "m.json").write_text(json.dumps(content))
 
     assert render.main(["--check"]) == 1
@@ -43,6 +46,8 @@ def test_render_writes_and_check_notices(tmp_path, monkeypatch):
     assert "with local changes" in page
     assert "| absent |" in page
     assert "- missing: not installed." in page
+    assert "| case | error | peer, error |" in page
+    assert "| y | 0.002 | 0.003 (1.5x) |" in page
 
 
 def test_results_say_which_orderings_hold(tmp_path, monkeypatch):
@@ -99,15 +104,59 @@ def test_plot_draws_a_curve_where_one_was_measured(tmp_path, monkeypatch):
     (tmp_path / "docs").mkdir()
     (tmp_path / "benchmarks" / "results").mkdir(parents=True)
     peers = {"peer": {"us": 9.0}, "missing": {"absent": "not installed"}}
-    rows = [{"case": f"a layer, M={M}", "shape": [M, 64, 64], "us": 5.0 + M, "peers": peers} for M in range(1, 12)]
-    short = [{"case": "another, M=1", "shape": [1, 64, 64], "us": 5.0, "peers": {}}]
+
+    def of(case, shape, **columns):
+        return {"case": case, "shape": shape, "dtype": "torch.bfloat16", "peers": {}, **columns}
+
+    rows = [of(f"a layer, M={M}", [M, 64, 64], us=5.0 + M, peers=peers) for M in range(1, 12)]
+    short = [of("another, M=1", [1, 64, 64], us=5.0), of("a layer, M=1", [1, 64, 64], us=5.0, dtype="torch.float16")]
     read = [{"case": "memory read", "us": 1.0, "GB/s": 4000.0, "peers": {}}]
-    content = {"machine": "m", "device": "cuda", "ops": {"packed_linear": {"rows": [*rows, *short, *read]}}}
+    ops = {"packed_linear": {"rows": [*rows, *short, *read]}}
+    content = {"machine": "m", "device": "cuda", "ops": ops}
     (tmp_path / "benchmarks" / "results" / "m.json").write_text(json.dumps(content))
     assert list(plot.curves(content["ops"]["packed_linear"]["rows"])) == ["a layer"]
     assert plot.floor([1, 64, 64], 1000.0, 1e9) == pytest.approx((64 * 2 * 4 + 2 * 128 + 8 * 64) / 1000)
     assert plot.main() == [tmp_path / "docs" / "packed_linear_m.png"]
     assert plot.main()[0].stat().st_size > 1000
+
+    rates = {"GB/s": 1000.0, "TFLOP/s": 100.0, "peers": peers}
+    ops["ssd_scan"] = {
+        "rows": [
+            of(f"{name}, forward", [1, 2**n], us=float(2**n), **rates)
+            for n in range(9, 15)
+            for name in (f"2.7B, B=1, T={2**n}", f"2.7B, B=1, T={2**n}, G=8", f"780M, B=1, T={2**n}")
+        ]
+    }
+    assert {name: len(points) for name, points in plot.lengths(ops["ssd_scan"]["rows"]).items()} == {"forward": 6}
+    (tmp_path / "benchmarks" / "results" / "m.json").write_text(json.dumps(content))
+    assert [path.name for path in plot.main()] == ["packed_linear_m.png", "ssd_scan_m.png"]
+
+
+def test_bars_tell_what_misses_them(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    bars = load("bars")
+    monkeypatch.setattr(bars.plot, "ROOT", tmp_path)
+    (tmp_path / "benchmarks" / "results").mkdir(parents=True)
+
+    def recorded(factor, error):
+        curve = [
+            {"case": f"a layer, M={M}", "shape": [M, 64, 64], "dtype": "torch.bfloat16", "us": us,
+             "peers": {"cuBLAS bf16": {"us": 10.0}}}
+            for M, us in enumerate([1.0, 2.0, 3.0, 3.0 * factor, *[4.0] * 7], 1)
+        ]  # fmt: skip
+        accuracy = [{"case": "dx", "unit": "error", "value": error, "peers": {"mamba_ssm": {"value": 1e-3}}}]
+        ops = {"packed_linear": {"rows": curve}, "ssd_scan_accuracy": {"rows": accuracy}}
+        (tmp_path / "benchmarks" / "results" / "m.json").write_text(json.dumps({"ops": ops}))
+        return bars.main("m")
+
+    assert recorded(1.0, 1.05e-3) == 0
+    assert "error" in capsys.readouterr().out
+    assert recorded(1.5, float("nan")) == 1
+    shown = capsys.readouterr().out
+    assert "a layer, M=4: 4.5 above 4.4" in shown
+    assert "dx: nan above 0.0011" in shown
+    assert "ssd_scan_call: a forward call takes 60 us of CPU time: not measured" in shown
 
 
 def test_results_are_replaced_an_operator_at_a_time(tmp_path, monkeypatch):
