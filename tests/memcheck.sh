@@ -1,16 +1,23 @@
 #!/usr/bin/env bash
-# Runs the marked GPU tests under compute-sanitizer: tests/memcheck.sh [TOOL] [further arguments of pytest]
+# Runs the marked GPU tests under compute-sanitizer: tests/memcheck.sh [TOOL] [short] [further arguments of pytest]
 #   memcheck   (default) accesses outside allocations, after it has caught a planted one
 #   racecheck  accesses of shared memory that no barrier orders
 #   initcheck  reads of global memory that nobody wrote
 #   synccheck  barriers that not all threads reach
-# racecheck and initcheck are slow: give them a few small tests by -k, or one file to a process, as in
+# All are slow: with short they take a small case or two of each kind of kernel in CUDA C++ that passes data between threads.
+# Others by -k, one file to a process, as in
 #   tests/memcheck.sh racecheck tests/test_sign_linear.py -k "test_value_and_gradients and bfloat16"
 # The caching allocator is off, so that every tensor is an allocation of its own with nothing mapped behind it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 tool=${1:-memcheck}
 [ $# = 0 ] || shift
+short=()
+if [ "${1:-}" = short ]; then
+  shift
+  short=(tests/test_{packed_linear,ternary_linear,sign_linear,ssd_scan,mamba2_stack_step}.py)
+  short+=(-k "(bfloat16 and (N127-K or N300-K or N33-K513 or N200-K320 or T64-H40)) or T65-H24 or (layers and L1-W4)")
+fi
 export PYTORCH_NO_CUDA_MEMORY_CACHING=1
 sanitize=(compute-sanitizer --tool "$tool" --error-exitcode 99 --print-limit 20)
 
@@ -23,4 +30,4 @@ if [ "$tool" = memcheck ]; then
   fi
   echo "planted out-of-bounds write: caught"
 fi
-"${sanitize[@]}" python3 -m pytest -q -p no:cacheprovider -m "memcheck and gpu" "$@"
+"${sanitize[@]}" python3 -m pytest -q -p no:cacheprovider -m "memcheck and gpu" "${short[@]}" "$@"
