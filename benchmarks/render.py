@@ -88,7 +88,8 @@ def source(op: dict) -> str:
 
 def load() -> list[dict]:
     """GPUs first."""
-    found = [json.loads(p.read_text()) for p in sorted((ROOT / "benchmarks" / "results").glob("*.json"))]
+    sources = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
+    found = [json.loads(p.read_text()) | {"stem": p.stem} for p in sources]
     return sorted(found, key=lambda content: content["device"] != "cuda")
 
 
@@ -117,6 +118,9 @@ def everything(machines: list[dict]) -> str:
         lines += [f"## {machine['machine']}", ""]
         for op, content in machine["ops"].items():
             lines += [f"### {op}", "", f"{source(content)}.", "", *table(content["rows"]), ""]
+            curve = f"{op}_{machine['stem']}.png"
+            if (ROOT / "docs" / curve).is_file():
+                lines += [f"![{op}: time over size]({curve})", ""]
             absent = {n: p["absent"] for r in content["rows"] for n, p in r["peers"].items() if "absent" in p}
             lines += [f"- {name}: {reason}." for name, reason in absent.items()] + [""] * bool(absent)
     return "\n".join(lines).rstrip()

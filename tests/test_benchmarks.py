@@ -36,6 +36,8 @@ def test_render_writes_and_check_notices(tmp_path, monkeypatch):
     content = {"machine": "m", "device": "cpu", "ops": ops}
     (tmp_path / "benchmarks" / "results" / "m.json").write_text(json.dumps(content))
 
+    (tmp_path / "docs" / "op_m.png").touch()
+
     assert render.main(["--check"]) == 1
     assert render.main([]) == 0
     assert render.main(["--check"]) == 0
@@ -46,6 +48,7 @@ def test_render_writes_and_check_notices(tmp_path, monkeypatch):
     assert "with local changes" in page
     assert "| absent |" in page
     assert "- missing: not installed." in page
+    assert "![op: time over size](op_m.png)" in page
     assert "| case | error | peer, error |" in page
     assert "| y | 0.002 | 0.003 (1.5x) |" in page
 
