@@ -265,6 +265,39 @@ def test_slots(state_dtype, index_dtype, device):
     assert_close("state", pool, pool_ref, 2 * TOLERANCE[state_dtype])
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("state_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("P", "N"), [(64, 128), (40, 256)])
+def test_much_state(state_dtype, P, N):
+    """So much that another kernel moves it: a request gets the bits that it gets among few."""
+    H = 16
+    batch = 2**25 // (H * P * N) + 3
+    tensors = inputs(Case(batch, H, P, N, G=2, D="HP", z=True), "cuda", torch.bfloat16, state_dtype)
+    pool, x, dt, A, B, C, D, z, dt_bias = tensors
+    slots = torch.randperm(batch, device="cuda")
+    before, padding = pool.clone(), slots[1].item()
+    slots[1] = -1
+    seed = torch.arange(batch, device="cuda") * 2**33 - 5
+    position = seed + 9
+    y = bitkernels.ssd_step(pool, *tensors[1:], dt_softplus=True, state_indices=slots, seed=seed, position=position)
+    assert torch.equal(pool[padding], before[padding])
+    double = [t.double() for t in (before, *tensors[1:])]
+    y_ref = reference.ssd_step(*double, dt_softplus=True, state_indices=slots)
+    assert_close("y", y, y_ref)
+    assert_close("state", pool, double[0], 2 * TOLERANCE[state_dtype])
+
+    few = torch.tensor([0, 2, 3, batch - 2, batch - 1], device="cuda")
+    own, unusual = before[slots[few]], torch.tensor([torch.inf, torch.nan, -torch.inf], device="cuda").to(state_dtype)
+    pool.copy_(before)
+    pool[slots[3], 3, :20, 7:10] = own[2, 3, :20, 7:10] = unusual
+    keys = {"seed": seed[few], "position": position[few]}
+    few_inputs = (x[few], dt[few], A, B[few], C[few], D, z[few], dt_bias)
+    bitkernels.ssd_step(pool, *tensors[1:], dt_softplus=True, state_indices=slots, seed=seed, position=position)
+    bitkernels.ssd_step(own, *few_inputs, dt_softplus=True, **keys)
+    assert own[2, 3, :20, 7:10].isfinite().logical_not().all()
+    assert torch.equal(pool[slots[few]].view(torch.uint8), own.view(torch.uint8))
+
+
 def test_replays_of_a_graph_differ_and_seeds_reproduce(device):
     state, *rest = exact_inputs(device, torch.bfloat16)
     seed, position = keys(3, device)

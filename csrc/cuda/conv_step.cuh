@@ -30,12 +30,6 @@ __device__ inline void store_bits(void* p, DType dtype, int64_t i, uint32_t bits
   }
 }
 
-__device__ inline float from_bits(DType dtype, uint32_t bits) {
-  if (dtype == DType::kFloat32) return __uint_as_float(bits);
-  if (dtype == DType::kBFloat16) return __uint_as_float(bits << 16);
-  return __half2float(__ushort_as_half(static_cast<unsigned short>(bits)));
-}
-
 // Brings what the channel of column n needs as far as L2.
 __device__ inline void prefetch_conv(const ConvStep& p, int64_t request, int64_t n) {
   const int64_t channel = n - p.first;

@@ -103,6 +103,12 @@ __device__ inline void store_tokens(const CUtensorMap* map, SharedAddress from, 
                : "memory");
 }
 
+// Consecutive bytes, a multiple of 16.
+__device__ inline void store_bytes(void* to, SharedAddress from, int bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(from), "r"(bytes)
+               : "memory");
+}
+
 // One thread's stores form a group; what they read may be written again once the group has been waited for.
 __device__ inline void store_box(const CUtensorMap* map, SharedAddress from, int column, int row) {
   asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map), "r"(from),
@@ -213,6 +219,10 @@ __device__ void load_words(SharedAddress from, uint32_t (&v)[kWords]) {
 
 __device__ inline void store_words(SharedAddress to, uint32_t first, uint32_t second) {
   asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(to), "r"(first), "r"(second) : "memory");
+}
+__device__ inline void store_words(SharedAddress to, const uint32_t (&v)[4]) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3])
+               : "memory");
 }
 
 // Some of the threads of a block wait for each other.

@@ -38,6 +38,15 @@ inline int device_attribute(cudaDeviceAttr attribute) {
   return value;
 }
 
+// Whether kernels of Hopper's own instructions run: where the library holds code for sm_90a, and on that alone.
+inline bool on_hopper() {
+#ifdef BITKERNELS_SM90A
+  return device_attribute(cudaDevAttrComputeCapabilityMajor) == 9;
+#else
+  return false;
+#endif
+}
+
 template <typename... Params, typename... Args>
 void launch(void (*kernel)(Params...), const Grid& grid, cudaStream_t stream, const Args&... args) {
   constexpr size_t kSharedWithoutOptIn = 32 * 1024;  // 48 KB with what the kernel declares itself

@@ -56,6 +56,14 @@ __device__ inline void store(void* p, DType dtype, int64_t i, float v) {
   }
 }
 
+// An element that was loaded as its bits, since to convert it is to wait for it. Selects, where branches became a jump.
+__device__ inline float from_bits(DType dtype, uint32_t bits) {
+  const float half = __half2float(__ushort_as_half(static_cast<unsigned short>(bits)));
+  return dtype == DType::kFloat32   ? __uint_as_float(bits)
+         : dtype == DType::kFloat16 ? half
+                                    : __uint_as_float(bits << 16);
+}
+
 // Calls f(T{}) for the type of an activation.
 template <typename F>
 void dispatch_float(DType dtype, F&& f) {

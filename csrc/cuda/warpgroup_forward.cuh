@@ -27,14 +27,6 @@ ActivationRows activation_rows(const void* x, int64_t M, int64_t K) {
   return {pitch, ceil_div(M * pitch * 2, kBoundary) * kBoundary, 0};
 }
 
-inline bool on_hopper() {
-#ifdef BITKERNELS_SM90A
-  return device_attribute(cudaDevAttrComputeCapabilityMajor) == 9;
-#else
-  return false;
-#endif
-}
-
 // Activations and outputs of 16 bits; a table of column scales that leaves room for a tile.
 inline bool warpgroup_applies(DType dtype, int64_t K, bool by_column) {
   constexpr int64_t kMostTabulated = 16384;
