@@ -224,13 +224,15 @@ __device__ void step(const StepArgs& args) {
     from.prefetch();
   }
 
-  // The slot may still change, and then the prefetch was in vain.
+  // The slot may still change, and then the prefetch was in vain. Row by row the states come sooner, all at once they
+  // cost less.
+  const int rows = min(P - at.row, kBlock), row_bytes = static_cast<int>(p.N * sizeof(S));
   if (kVector && blockIdx.x < args.first_blocks) {
+    constexpr int kAtOnce = kTile ? kBlock : 1;
     const int64_t slot = slot_of(p.state_indices, p.slots, at.batch);
-    const int rows = min(P - at.row, kBlock);
 #pragma unroll 1
-    for (int r = threadIdx.x; slot >= 0 && r < rows; r += kStepThreads) {
-      prefetch_to_l2(block_state + slot * p.state_batch + r * p.state_row, static_cast<uint32_t>(p.N * sizeof(S)));
+    for (int r = threadIdx.x * kAtOnce; slot >= 0 && r < rows; r += kStepThreads * kAtOnce) {
+      prefetch_to_l2(block_state + slot * p.state_batch + r * p.state_row, min(rows - r, kAtOnce) * row_bytes);
     }
   }
   let_next_kernel_start();
@@ -245,7 +247,6 @@ __device__ void step(const StepArgs& args) {
   state += slot * p.state_batch;
   extern __shared__ __align__(128) unsigned char tile[];
   __shared__ uint64_t arrived;
-  const int row_bytes = static_cast<int>(p.N * sizeof(S)), tile_bytes = min(P - at.row, kBlock) * row_bytes;
   const SharedAddress shared = shared_address(tile) + (first - at.row) * row_bytes + n0 * sizeof(S);
   const auto shared_row = [&](int r, int64_t chunk) {
     return shared + r * L::kRowsOfWarp * row_bytes + static_cast<int>(chunk * sizeof(S));
@@ -254,8 +255,8 @@ __device__ void step(const StepArgs& args) {
     if (threadIdx.x == 0) {
       barrier_init(shared_address(&arrived), 1);
       barrier_init_fence();
-      barrier_arrive_expecting(shared_address(&arrived), tile_bytes);
-      load_bytes(shared_address(tile), block_state, tile_bytes, shared_address(&arrived));
+      barrier_arrive_expecting(shared_address(&arrived), rows * row_bytes);
+      load_bytes(shared_address(tile), block_state, rows * row_bytes, shared_address(&arrived));
     }
     __syncthreads();
     from.find(args, at, own_read, n0);
@@ -363,7 +364,7 @@ __device__ void step(const StepArgs& args) {
     copy_engine_fence();
     __syncthreads();
     if (threadIdx.x == 0) {
-      store_bytes(block_state, shared_address(tile), tile_bytes);
+      store_bytes(block_state, shared_address(tile), rows * row_bytes);
       commit_stores();
     }
   }
@@ -374,8 +375,12 @@ __device__ void step(const StepArgs& args) {
   if (kTile && threadIdx.x == 0) wait_for_stores_to_read();
 }
 
+// Of a processor, by the registers that eight neighbours of B and C, or random bits, take.
+template <typename T, typename S, int kRows, bool kRandom>
+constexpr int kBlocksAtOnce = sizeof(S) == 2 && kRows > 2 && (kRandom || sizeof(T) == 4) ? 5 : 6;
+
 template <typename T, typename S, int kRows, bool kVector, bool kRandom, bool kTile>
-__global__ void __launch_bounds__(kStepThreads, (kRandom && kRows > 2) ? 5 : 6)
+__global__ void __launch_bounds__(kStepThreads, kBlocksAtOnce<T, S, kRows, kRandom>)
     ssd_step_kernel(const __grid_constant__ StepArgs args) {
 #ifndef __CUDA_ARCH_FEAT_SM90_ALL
   if constexpr (!kTile)
@@ -424,7 +429,9 @@ void run_step(const SsdStep& p, cudaStream_t stream) {
   }
   // Few rows a lane while all blocks run at once.
   if constexpr (sizeof(S) == 2) {
-    if (rows <= 6 * processors * kBlockRows<S, 2>) return run_step<T, S, 2, true, kRandom>(p, processors, stream);
+    if (rows <= kBlocksAtOnce<T, S, 2, kRandom> * processors * kBlockRows<S, 2>) {
+      return run_step<T, S, 2, true, kRandom>(p, processors, stream);
+    }
   }
   run_step<T, S, 4, true, kRandom>(p, processors, stream);
 }
