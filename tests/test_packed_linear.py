@@ -57,6 +57,9 @@ CASES = [
     Case((2,), 4100, 640, "row"),
     Case((3,), 300, 1024, bias=True),
     Case((4,), 129, 384),
+    Case((6,), 90, 1024),  # blocks of a cluster have less than a step of K each
+    Case((7,), 300, 2560, "row", bias=True),  # two steps and a half
+    Case((8,), 5000, 1280),
     Case((24,), 200, 8192, bias=True),
     Case((40,), 9000, 288),  # more tiles than any card has processors
     Case((20,), 24, 16500),  # more columns than scales are tabulated for

@@ -39,6 +39,7 @@ struct BitClusterArgs {
   const float* scale;  // [K] or null
   const float* shift;  // [K] or null
   int K;
+  int part;  // elements of a row, of a part
   int tokens;
   int steps;          // of 256 columns of bits, in a part: at most one a warp
   int steps_inverse;  // 2^16 / steps, rounded up
@@ -58,25 +59,18 @@ struct BitClusterLayout {
   static constexpr int kTokens = kColumns / Format::kPlanes;
   static constexpr int kPerStep = 32 * Format::kPerLane;      // activations
   static constexpr int kPlanePitch = kColumns * kChunkBytes;  // from chunk to chunk
-  int planes, plain, partial, bytes;
+  int planes, most, plain, partial, bytes;
 
   __host__ __device__ explicit BitClusterLayout(const BitClusterArgs& a) {
     planes = a.stages * kClusterStageBytes;
-    plain = planes + a.steps * kBitMmaChunks * kPlanePitch;
+    most = planes + a.steps * kBitMmaChunks * kPlanePitch;
+    plain = most + a.steps * kTokens * 4;
     partial = (plain + a.steps * kTokens * 4 + 15) / 16 * 16;
     bytes = partial + a.tiles_of_cluster * kBitMmaRows * kTokens * 4;
   }
 };
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-
-// Without the compiler's detour for lanes that name the same place.
-__device__ inline void add_shared(int* to, int v) {
-  asm volatile("red.shared.add.s32 [%0], %1;" ::"r"(shared_address(to)), "r"(v) : "memory");
-}
-__device__ inline void max_shared(uint32_t* to, uint32_t v) {
-  asm volatile("red.shared.max.u32 [%0], %1;" ::"r"(shared_address(to)), "r"(v) : "memory");
-}
 
 // Sums over the warp of kCount values, a power of two: value i in the lanes that have i in their upper bits.
 template <int kCount>
@@ -98,7 +92,8 @@ __device__ float sum_each(const float (&v)[kCount]) {
 
 #endif
 
-template <typename F, typename T, int kColumns>
+// kTurns: the most tokens that a warp prepares.
+template <typename F, typename T, int kColumns, int kTurns>
 __global__ void __launch_bounds__(kClusterThreads, 1) bit_cluster_kernel(const __grid_constant__ BitClusterArgs args) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using Format = FusedFormat<F, T>;
@@ -108,11 +103,12 @@ __global__ void __launch_bounds__(kClusterThreads, 1) bit_cluster_kernel(const _
   constexpr int kTokens = Layout::kTokens;
   constexpr int kPlanePitch = Layout::kPlanePitch;
   constexpr int kSent = kTokens > 1 ? kTokens / 2 : 1;  // sums of a lane
+  constexpr int kRunsLog2 = kTokens > 1;                // outputs of a row, kSent each
+  constexpr int kSummed = kTurns == 3 ? 4 : kTurns;
   constexpr int kWorkers = 32 * kClusterWarps;
   constexpr bool kSigns = F::kPerWord == kSignsPerWord;
   extern __shared__ uint4 shared[];
   __shared__ uint64_t full[kMostClusterStages], empty[kMostClusterStages], arrived, measured, shifted;
-  __shared__ uint32_t most_of_token[kTokens];
   __shared__ float unit_of_token[kTokens];
   __shared__ int sum_of_token[kTokens * kLimbs];
   __shared__ alignas(16) float plain_of_part[kMostParts][kTokens];
@@ -128,17 +124,20 @@ __global__ void __launch_bounds__(kClusterThreads, 1) bit_cluster_kernel(const _
   const int sharer = place * args.steps_inverse >> 16;
   const int step = place - sharer * args.steps;
   const bool prepares = place >= 0 && sharer < args.sharers;
-  Run<kPerLane, T> x[kTokens];
+  Run<kPerLane, T> x[kTurns];
   Run<kPerLane, float> scale, shift;
   if (prepares) {
-    const int k = (rank * args.steps + step) * Layout::kPerStep + lane * kPerLane;
+    const int k = rank * args.part + step * Layout::kPerStep + lane * kPerLane;
+    const int end = min(args.K, (rank + 1) * args.part);
 #pragma unroll
-    for (int j = 0; j < kTokens; ++j) {
+    for (int j = 0; j < kTurns; ++j) {
       const int m = sharer + j * args.sharers;
-      x[j].template load<true>(static_cast<const T*>(args.x) + int64_t(m) * args.K, k, m < tokens ? args.K : 0);
+      x[j].template load<true>(static_cast<const T*>(args.x) + int64_t(m) * args.K, k, m < tokens ? end : 0);
     }
-    if (kSigns && args.scale) scale.template load<true>(args.scale, k, args.K);
-    if (kSigns && args.shift) shift.template load<true>(args.shift, k, args.K);
+    if constexpr (kSigns) {
+      scale.load_or_one(args.scale, k, end);
+      shift.load_or_one(args.shift, k, end);
+    }
   }
 
   const int parts_log2 = args.parts_log2;
@@ -194,7 +193,6 @@ __global__ void __launch_bounds__(kClusterThreads, 1) bit_cluster_kernel(const _
     }
   }
   __syncwarp();
-  if (threadIdx.x < kTokens) most_of_token[threadIdx.x] = 0;
   if (threadIdx.x < kTokens * kLimbs) sum_of_token[threadIdx.x] = 0;
   __syncthreads();
   if (parts > 1) arrive_at_cluster();
@@ -234,7 +232,6 @@ __global__ void __launch_bounds__(kClusterThreads, 1) bit_cluster_kernel(const _
   // Sums lie [tile][part][row][token].
   float* sent_to =
       reinterpret_cast<float*>(data + at.partial) + ((rank << rows_log2) + (row & rows_mask)) * kTokens + first_sent;
-  constexpr int kRunsLog2 = kTokens > 1;  // of kSent tokens
   const int outputs = tiles << (rows_log2 + kRunsLog2);
   struct Output {
     SharedAddress from;
@@ -259,31 +256,36 @@ __global__ void __launch_bounds__(kClusterThreads, 1) bit_cluster_kernel(const _
   Output output = output_at(threadIdx.x);
   if (parts > 1) wait_for_arrivals();
 
-  float v[kTokens][kPerLane], plain[kTokens] = {};
+  uint32_t* most_of_steps = reinterpret_cast<uint32_t*>(data + at.most);  // [step][token]
+  float v[kTurns][kPerLane], plain[kSummed] = {};
   if (prepares) {
 #pragma unroll
-    for (int j = 0; j < kTokens; ++j) {
-      const int m = sharer + j * args.sharers;
-      if (m >= tokens) break;
+    for (int j = 0; j < kTurns; ++j) {
       // As integers, NaN is the largest of all.
       uint32_t most = 0;
 #pragma unroll
       for (int i = 0; i < kPerLane; ++i) {
         v[j][i] = x[j][i];
-        if (kSigns) plain[j] = args.shift ? fmaf(v[j][i], shift[i], plain[j]) : plain[j] + v[j][i];
-        if (kSigns && args.scale) v[j][i] *= scale[i];
+        if constexpr (kSigns) {
+          plain[j] = fmaf(v[j][i], shift[i], plain[j]);
+          v[j][i] *= scale[i];
+        }
         most = max(most, __float_as_uint(fabsf(v[j][i])));
       }
       most = __reduce_max_sync(0xffffffff, most);
-      if (lane == 0) max_shared(&most_of_token[m], most);
+      const int m = sharer + j * args.sharers;
+      if (lane == 0 && m < tokens) most_of_steps[step * kTokens + m] = most;
     }
   }
   named_barrier(1, kWorkers);
+  const auto most_of_token = [&](int m) {
+    return __reduce_max_sync(0xffffffff, lane < args.steps ? most_of_steps[lane * kTokens + m] : 0);
+  };
   // int8 has one step for the whole token.
   if (F::kInteger && parts > 1) {
-    for (int i = threadIdx.x; i < tokens << parts_log2; i += kWorkers) {
-      const uint32_t most[1] = {most_of_token[i >> parts_log2]};
-      send(&most_of_part[rank][i >> parts_log2], &measured, i & (parts - 1), parts, most);
+    for (int m = warp; m < tokens; m += kClusterWarps) {
+      const uint32_t most[1] = {most_of_token(m)};
+      if (lane < parts) send(&most_of_part[rank][m], &measured, lane, parts, most);
     }
     barrier_wait(shared_address(&measured), 0);
   }
@@ -291,11 +293,14 @@ __global__ void __launch_bounds__(kClusterThreads, 1) bit_cluster_kernel(const _
   if (prepares) {
     uint8_t* words =
         data + at.planes + (step * kBitMmaChunks + lane / 16) * kPlanePitch + t * kChunkBytes + lane / 4 % 4 * 4;
+    // No branch between the tokens, so that their instructions mix; a token beyond the last is zero.
+    uint32_t plane[kTurns][kLimbs][4];
+    int sums[kTurns][kLimbs] = {};
+    float unit[kTurns];
 #pragma unroll
-    for (int j = 0; j < kTokens; ++j) {
-      const int m = sharer + j * args.sharers;
-      if (m >= tokens) break;
-      uint32_t most = most_of_token[m];
+    for (int j = 0; j < kTurns; ++j) {
+      const int m = min(sharer + j * args.sharers, tokens - 1);
+      uint32_t most = most_of_token(m);
       if (F::kInteger && parts > 1) {
 #pragma unroll 1
         for (int p = 0; p < parts; ++p) most = max(most, most_of_part[p][m]);
@@ -303,16 +308,17 @@ __global__ void __launch_bounds__(kClusterThreads, 1) bit_cluster_kernel(const _
       const float absmax = __uint_as_float(most);
       const int exponent = step_exponent<Format::kBits>(absmax);
       const float per_unit = F::kInteger ? int8_scale(absmax) : power_of_two(-exponent);
-      int sums[kLimbs] = {};
+      // Fixed point has no infinities: a token that holds one, or NaN, gives NaN.
+      unit[j] = F::kInteger ? per_unit : absmax <= FLT_MAX ? power_of_two(exponent) : NAN;
       uint32_t fixed[8];
 #pragma unroll
       for (int i = 0; i < kPerLane; ++i) {
         const uint32_t q = to_fixed<F, kLimbs>(v[j][i], per_unit);
         if constexpr (kLimbs == 1) {
-          sums[0] += static_cast<int>(q - kZeroOf<F>);
+          sums[j][0] += static_cast<int>(q - kZeroOf<F>);
         } else {
-          sums[0] += static_cast<int>(q & 0xffff);
-          sums[1] += static_cast<int>(q) >> 16;
+          sums[j][0] += static_cast<int>(q & 0xffff);
+          sums[j][1] += static_cast<int>(q) >> 16;
         }
         if constexpr (kPerLane == 8) {
           fixed[i] = q;
@@ -323,50 +329,54 @@ __global__ void __launch_bounds__(kClusterThreads, 1) bit_cluster_kernel(const _
       }
 #pragma unroll
       for (int l = 0; l < kLimbs; ++l) {
-        uint32_t plane[4];
-        to_planes(fixed, l, plane);
+        to_planes(fixed, l, plane[j][l]);
+        sums[j][l] = __reduce_add_sync(0xffffffff, sums[j][l]);
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < kTurns; ++j) {
+      const int m = sharer + j * args.sharers;
+      if (m >= tokens) break;
+#pragma unroll
+      for (int l = 0; l < kLimbs; ++l) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           *reinterpret_cast<uint32_t*>(words + (m * Format::kPlanes + l * kPlanesPerLimb + 4 * i) * kChunkBytes) =
-              plane[i];
+              plane[j][l][i];
         }
+        if (lane == 0) atomicAdd(&sum_of_token[m * kLimbs + l], sums[j][l]);
       }
-#pragma unroll
-      for (int l = 0; l < kLimbs; ++l) {
-        const int of_warp = __reduce_add_sync(0xffffffff, sums[l]);
-        if (lane == 0) add_shared(&sum_of_token[m * kLimbs + l], of_warp);
-      }
-      // Fixed point has no infinities: a token that holds one, or NaN, gives NaN.
-      if (step == 0 && lane == 0) {
-        unit_of_token[m] = F::kInteger ? per_unit : absmax <= FLT_MAX ? power_of_two(exponent) : NAN;
-      }
+      if (step == 0 && lane == 0) unit_of_token[m] = unit[j];
     }
   }
   copy_engine_fence();
   named_barrier(1, kWorkers);
 
-  if (kSigns && prepares) {
+  // What only outputs want is added up while weights are still to come, or beside the products.
+  const auto add_plain = [&] {
+    if (!kSigns || !prepares) return;
     float* plain_of_steps = reinterpret_cast<float*>(data + at.plain);  // [step][token]
+    constexpr int kSharing = 32 / kSummed;                              // lanes that have the same sum
     const float sum = sum_each(plain);
-    const int m = sharer + lane / (32 / kTokens) * args.sharers;
-    if (lane % (32 / kTokens) == 0 && m < tokens) plain_of_steps[step * kTokens + m] = sum;
+    const int m = sharer + lane / kSharing * args.sharers;
+    if (lane % kSharing == 0 && m < tokens) plain_of_steps[step * kTokens + m] = sum;
     __syncwarp();
     if (lane == 0) barrier_arrive(shared_address(&shifted));
     // The last warp tells every block of the cluster.
-    if (place == 0) {
-      barrier_wait(shared_address(&shifted), 0);
-      if (lane < tokens << parts_log2) {
-        const int of = lane >> parts_log2;
-        float total = 0.0f;
+    if (place > 0) return;
+    barrier_wait(shared_address(&shifted), 0);
 #pragma unroll 1
-        for (int s = 0; s < args.steps; ++s) total += plain_of_steps[s * kTokens + of];
-        const uint32_t bits[1] = {__float_as_uint(total)};
-        send(reinterpret_cast<uint32_t*>(&plain_of_part[rank][of]), &arrived, lane & (parts - 1), parts, bits);
-      }
-      __syncwarp();
+    for (int i = lane; i < tokens << parts_log2; i += 32) {
+      const int of = i >> parts_log2;
+      float total = 0.0f;
+#pragma unroll 1
+      for (int s = 0; s < args.steps; ++s) total += plain_of_steps[s * kTokens + of];
+      const uint32_t bits[1] = {__float_as_uint(total)};
+      send(reinterpret_cast<uint32_t*>(&plain_of_part[rank][of]), &arrived, i & (parts - 1), parts, bits);
     }
-  }
-
+    __syncwarp();
+  };
+  if (kTurns == 1 || group >= tiles) add_plain();
   int sum_of_lane[kSent][kLimbs];
   float unit_of_lane[kSent];
 #pragma unroll
@@ -375,6 +385,7 @@ __global__ void __launch_bounds__(kClusterThreads, 1) bit_cluster_kernel(const _
 #pragma unroll
     for (int l = 0; l < kLimbs; ++l) sum_of_lane[i][l] = sum_of_token[(first_sent + i) * kLimbs + l];
   }
+
   const uint64_t first_b = chunk_descriptor(here + at.planes, kPlanePitch);
   int stage = group, parity = 0;
 #pragma unroll 1
@@ -408,6 +419,7 @@ __global__ void __launch_bounds__(kClusterThreads, 1) bit_cluster_kernel(const _
       stage += kClusterGroups;
       if (stage >= stages) stage -= stages, parity ^= 1;
     }
+    if (kTurns > 1 && tile == group) add_plain();
     wgmma_wait<0>();
     pin(d);
     __syncwarp();

@@ -77,6 +77,15 @@ struct Run {
     }
   }
 
+  __device__ void load_or_one(const T* row, int k, int end) {
+    if (row) {
+      load<true>(row, k, end);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kRegisters; ++i) r[i] = bits_of(1.0f);
+    }
+  }
+
   __device__ float operator[](int i) const {
     if constexpr (std::is_same_v<T, float>) {
       return __uint_as_float(r[i]);
