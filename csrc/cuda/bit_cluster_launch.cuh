@@ -39,8 +39,8 @@ inline BitClusterArgs cluster_args(const TokenSource& s, const Epilogue& e, cons
   return a;
 }
 
-// Processor cycles on an H200, fitted to the times of calls with five to eight tokens: until weights are asked for,
-// what a token of each warp takes, splitting K once more, and what a tile's sums take for each column.
+// Processor cycles on an H200, fitted to the times of calls with five to eight tokens: what every call takes, what each
+// token of a warp does, splitting K once more, and a column of a tile's sums.
 constexpr int64_t kClusterStartCycles = 5400;
 constexpr int64_t kTurnCycles = 750;
 constexpr int64_t kPartsCycles = 180;
