@@ -198,6 +198,39 @@ def test_same_bits_every_run(M, device):
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("M", "N", "K", "scales"),
+    [
+        (128, 10576, 2560, "column"),  # fewer tiles than processors: a block helps with two
+        (300, 2000, 8000, "row"),  # three blocks help with one
+        (1024, 10576, 1280, "single"),  # more tiles: equal shares
+        (1000, 9001, 2057, "column"),
+    ],
+)
+def test_tiles_cut_between_blocks(M, N, K, scales):
+    """Blocks that wait for each other's sums: right, the same bits, and no deadlock beside another such call."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device is visible")
+    args = inputs(Case((M,), N, K, scales, bias=True), "cuda", torch.bfloat16)
+    x, w_packed, alpha, beta, bias = args
+    if torch.cuda.get_device_properties(0).multi_processor_count == 132 and "warpgroup" in (
+        plan := bitkernels.explain(M, N, K, torch.bfloat16, scales=scales, device="cuda")
+    ):
+        assert "cut between all blocks" in plan
+    y = bitkernels.packed_linear(*args)
+    dense = bitkernels.unpack_sign(w_packed, K).double() * alpha + beta
+    assert_close("y", y, F.linear(x.double(), dense, bias.double()))
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    torch.cuda.synchronize()
+    again = []
+    for i in range(20):
+        with torch.cuda.stream(streams[i % 2]):
+            again.append(bitkernels.packed_linear(*args))
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, y) for a in again)
+
+
 @pytest.mark.parametrize("scales", ["column", "row"])
 def test_opcheck(scales, device):
     args = inputs(Case((3, 4), 20, 40, scales, bias=True), device, torch.float32)

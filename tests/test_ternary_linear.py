@@ -163,6 +163,24 @@ def test_noncontiguous_and_same_bits_every_run(M, act_bits, device):
     assert torch.equal(y, expected)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("act_bits", [None, 8])
+@pytest.mark.parametrize(("M", "N", "K"), [(512, 2560, 5120), (1024, 10576, 2560)])
+def test_tiles_cut_between_blocks(M, N, K, act_bits):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device is visible")
+    args = inputs(Case((M,), N, K, bias=True), "cuda", torch.bfloat16)
+    y = bitkernels.ternary_linear(*args, act_bits)
+    some = slice(None, None, 37)
+    x, w_packed, scale, bias = args
+    if act_bits:
+        cpu = [a.cpu() for a in (x[some], w_packed, scale, bias)]
+        assert torch.equal(y[some].cpu(), reference.ternary_linear(*cpu, act_bits))
+    else:
+        assert_close("y", y[some], reference.ternary_linear(*wide(x[some], w_packed, scale, bias)))
+    assert all(torch.equal(bitkernels.ternary_linear(*args, act_bits), y) for _ in range(10))
+
+
 @pytest.mark.parametrize("act_bits", [None, 8])
 def test_opcheck_compile_and_cuda_graph(act_bits, device):
     args = (*inputs(Case((3, 4), 20, 40, bias=True), device, torch.float32), act_bits)

@@ -35,10 +35,11 @@ std::string explain_warpgroup(const TokenSource& s, const Weights& w) {
   std::string text = "warpgroup: ";
   with_operand<F>(s.dtype, s.scale, [&](auto operand, auto scales, auto t) {
     using Operand = typename decltype(operand)::type;
-    const Plan plan = plan_tiles<Operand>(scales, s.M, w.rows, s.K, device_attribute(cudaDevAttrMultiProcessorCount));
+    const Plan plan = plan_tiles<Operand>(scales, s.M, w.rows, s.K, processor_count());
     with_tile<typename Operand::T>(plan.tile, [&](auto tile) {
       text += "tiles of " + std::to_string(tile.kRows) + " rows times " + std::to_string(tile.kTokens) + " tokens, " +
               std::to_string(plan.blocks) + " block(s) to a tile";
+      if (plan.cut.tiles) text += "; the last " + std::to_string(plan.cut.tiles) + " are cut between all blocks";
     });
   });
   if (F::kInteger) return text + "; activations are quantised by a kernel before";

@@ -45,7 +45,7 @@ template <typename F>
 int64_t forward_workspace(const void* activations, int64_t M, int64_t N, int64_t K, DType dtype, bool by_column) {
   const int64_t bits = bits_apply(M, K) ? bits_workspace<F>(dtype, M, N, K) : 0;
   if (warpgroup_applies(dtype, K, by_column)) {
-    const int64_t warpgroup = warpgroup_workspace<F>(activations, M, K);
+    const int64_t warpgroup = warpgroup_workspace<F>(activations, dtype, by_column, M, N, K);
     return bits > warpgroup ? bits : warpgroup;
   }
   const Prepared x = prepared<F>(M, K, dtype, nullptr);

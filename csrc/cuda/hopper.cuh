@@ -189,6 +189,12 @@ __device__ inline void store_sums(SharedAddress to, float v0, float v1, float v2
 __device__ inline void store_sums(SharedAddress to, int v0, int v1, int v2, int v3) {
   asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(v0), "r"(v1), "r"(v2), "r"(v3) : "memory");
 }
+__device__ inline void store_sums(uint4* to, float v0, float v1, float v2, float v3) {
+  asm volatile("st.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(v0), "f"(v1), "f"(v2), "f"(v3) : "memory");
+}
+__device__ inline void store_sums(uint4* to, int v0, int v1, int v2, int v3) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(v0), "r"(v1), "r"(v2), "r"(v3) : "memory");
+}
 __device__ inline void load_sums(SharedAddress from, float (&v)[4]) {
   asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
                : "=f"(v[0]), "=f"(v[1]), "=f"(v[2]), "=f"(v[3])
@@ -228,6 +234,10 @@ __device__ inline void store_words(SharedAddress to, const uint32_t (&v)[4]) {
 // Some of the threads of a block wait for each other.
 __device__ inline void named_barrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+// Without waiting.
+__device__ inline void arrive_at_named_barrier(int id, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
 template <typename T>

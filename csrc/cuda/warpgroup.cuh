@@ -1,10 +1,11 @@
 // More than a few tokens, on Hopper: a block makes 64 or 128 rows of the weights times 16 to 256 tokens.
 //
 // Weights are the register operand of wgmma, decoded on the way; activations are the other operand, untouched:
-// the copy engine brings them from the caller's tensor into swizzled shared memory. So nothing is prepared, and
-// nothing but the output is written. One warpgroup fetches activations and words, the others multiply:
-// they split the rows of the tile, and where there are few tokens also K, and add up in shared memory in a fixed
-// order. Where there are fewer tiles than processors, the blocks of a cluster split K as well.
+// the copy engine brings them from the caller's tensor into swizzled shared memory. So nothing is prepared. One
+// warpgroup fetches activations and words, the others multiply: they split the rows of the tile, and where there are
+// few tokens also K, and add up in shared memory in a fixed order. Where there are fewer tiles than processors, the
+// blocks of a cluster split K as well, or tiles are cut between blocks, as are those of a last round that would leave
+// processors idle (WarpgroupWork).
 //
 // Scales that follow the columns are tabulated once a block as the two values a weight may take, and a bit chooses.
 #pragma once
@@ -25,12 +26,14 @@ __device__ inline float finish_row(const RowScalars& r, float sum) { return fmaf
 
 template <class F, ScalesOf kScales, class Tile, typename Out>
 __device__ void consume(const CUtensorMap& output, const WarpgroupProblem& p, SharedAddress stages, int slots,
-                        SharedAddress out, SharedAddress parts, SharedAddress scales, SharedAddress full,
-                        SharedAddress empty, SharedAddress received, int group, int rank, int blocks, int cluster,
-                        int clusters) {
+                        SharedAddress out, SharedAddress tokens, SharedAddress parts, SharedAddress scales,
+                        SharedAddress full, SharedAddress empty, SharedAddress received, int group, int rank,
+                        int blocks, int cluster, int clusters) {
   using Layout = WarpgroupLayout<F, Tile>;
   using Accumulator = typename F::Accumulator;
   constexpr bool kColumnScales = kScales == ScalesOf::kColumns;
+  constexpr bool kInteger = std::is_same_v<Accumulator, int>;
+  constexpr int kTokensOfThread = (Tile::kTokens + kWarpgroup - 1) / kWarpgroup;
   const int row_group = Tile::kRowGroups == 1 ? 0 : Tile::kSplit == 1 ? group : group % Tile::kRowGroups;
   const int split = Tile::kSplit == 1 ? 0 : group / Tile::kRowGroups;
   const int thread = threadIdx.x % kWarpgroup;
@@ -40,8 +43,10 @@ __device__ void consume(const CUtensorMap& output, const WarpgroupProblem& p, Sh
   const int t = lane % 4;
   const F operand(t);
   const int all_stages = static_cast<int>(ceil_div(p.K, Layout::kDepth));
-  const int begin = first_stage(all_stages, rank, blocks);
-  const int count = first_stage(all_stages, rank + 1, blocks) - begin;
+  WarpgroupWork work(p, all_stages, rank, blocks, cluster, clusters);
+  // All blocks run at once, so the next kernel takes nothing from them.
+  wait_for_previous_kernel();
+  let_next_kernel_start();
   constexpr int kConsumerThreads = kWarpgroup * Tile::kConsumers;
   if constexpr (kColumnScales) {
     tabulate_scales<typename F::T>(p, all_stages * Layout::kDepth, scales, threadIdx.x, kConsumerThreads);
@@ -60,15 +65,14 @@ __device__ void consume(const CUtensorMap& output, const WarpgroupProblem& p, Sh
       ((row_group * kWarpgroupRows + warp * 16 + g) * Layout::kWordsOfRow + split * kWordsOfBox) * 4;
   constexpr int kScaleStep = 128;  // bytes
   constexpr int kScaleStage = Tile::kBoxes * kStepsOfBox * kScaleStep;
-  const SharedAddress my_scales = scales + begin * kScaleStage + split * kStepsOfBox * kScaleStep + t * 16;
-  const auto fetch = [&](SharedAddress stage, int s, int i, Step& step) {
+  const auto fetch = [&](SharedAddress stage, SharedAddress my_scales, int i, Step& step) {
     const int at = i / kStepsOfBox * Tile::kSplit * kStepsOfBox + i % kStepsOfBox;
     const SharedAddress words = my_words + stage + at * F::kWords * 4;
     load_words(words, step.upper);
     load_words(words + 8 * Layout::kWordsOfRow * 4, step.lower);
     if constexpr (kColumnScales) {
-      load_words(my_scales + s * kScaleStage + at * kScaleStep, step.columns[0]);
-      load_words(my_scales + s * kScaleStage + at * kScaleStep + kScaleStep / 2, step.columns[1]);
+      load_words(my_scales + at * kScaleStep, step.columns[0]);
+      load_words(my_scales + at * kScaleStep + kScaleStep / 2, step.columns[1]);
     }
   };
 
@@ -77,9 +81,19 @@ __device__ void consume(const CUtensorMap& output, const WarpgroupProblem& p, Sh
   int slot = 0;
   int parity = 0;
   SharedAddress stage = stages;
-  for (int tile = cluster; tile < p.tiles; tile += clusters) {
-    const int64_t first_row = int64_t(tile % p.row_tiles) * Tile::kRows + row_group * kWarpgroupRows;
-    const int token = tile / p.row_tiles * Tile::kTokens;
+  const auto advance = [&] {
+    stage += Layout::kStageBytes;
+    if (++slot == slots) {
+      slot = 0;
+      parity ^= 1;
+      stage = stages;
+    }
+  };
+  while (work.next()) {
+    const int count = work.end - work.begin;
+    const int64_t first_row = int64_t(work.tile % p.row_tiles) * Tile::kRows + row_group * kWarpgroupRows;
+    const int token = work.tile / p.row_tiles * Tile::kTokens;
+    SharedAddress my_scales = scales + work.begin * kScaleStage + split * kStepsOfBox * kScaleStep + t * 16;
     const int64_t row = first_row + warp * 16 + g;
     Values rows[2] = {};
     RowScalars scalars[2];
@@ -91,7 +105,16 @@ __device__ void consume(const CUtensorMap& output, const WarpgroupProblem& p, Sh
         const float beta = p.beta[n * p.scale_stride];
         rows[h] = values_of<typename F::T>(alpha, beta, alpha, beta);
       }
-      scalars[h] = {kScales == ScalesOf::kNothing ? *p.alpha : 1.0f, p.bias ? p.bias[n] : 0.0f};
+      scalars[h] = {kScales == ScalesOf::kNothing ? *p.alpha : 1.0f,
+                    p.bias ? p.bias[n] : -0.0f};  // added to a sum, -0 leaves it as it is
+    }
+
+    [[maybe_unused]] Int8Token of_tokens[kTokensOfThread];
+    if constexpr (kInteger) {
+#pragma unroll
+      for (int j = 0; j < kTokensOfThread; ++j) {
+        of_tokens[j] = p.tokens[min(int64_t(token + j * kWarpgroup + thread), p.M - 1)];
+      }
     }
 
     Accumulator sums[Tile::kTokens / 2];
@@ -99,18 +122,13 @@ __device__ void consume(const CUtensorMap& output, const WarpgroupProblem& p, Sh
     Step step;
     if (count > 0) {
       barrier_wait(full + 8 * slot, parity);
-      fetch(stage, 0, 0, step);
+      fetch(stage, my_scales, 0, step);
     }
     for (int s = 0; s < count; ++s) {
       const SharedAddress now = stage;
       const uint64_t in_stage = first_operand + ((now - stages) >> 4);
       const int last_slot = slot == 0 ? slots - 1 : slot - 1;
-      stage += Layout::kStageBytes;
-      if (++slot == slots) {
-        slot = 0;
-        parity ^= 1;
-        stage = stages;
-      }
+      advance();
 #pragma unroll
       for (int i = 0; i < Layout::kSteps; ++i) {
         uint32_t (&operands)[2][4] = a[i % 2];
@@ -132,10 +150,11 @@ __device__ void consume(const CUtensorMap& output, const WarpgroupProblem& p, Sh
         wgmma_commit();
         // While these run, the next step's words.
         if (i + 1 < Layout::kSteps) {
-          fetch(now, s, i + 1, step);
+          fetch(now, my_scales, i + 1, step);
         } else if (s + 1 < count) {
           barrier_wait(full + 8 * slot, parity);
-          fetch(stage, s + 1, 0, step);
+          my_scales += kScaleStage;
+          fetch(stage, my_scales, 0, step);
         }
         // The step before has ended: its registers may be written, and its stage, if it was another, is free.
         wgmma_wait<1>();
@@ -209,29 +228,73 @@ __device__ void consume(const CUtensorMap& output, const WarpgroupProblem& p, Sh
       }
     }
 
+    const int barrier = 1 + group + 1;
+    if constexpr (Tile::kCuts) {
+      if (work.leaves()) {
+        const int place = work.next_place();
+        uint4* partial = p.partials + (int64_t(place) * Tile::kPartialBytes + row_group * Tile::kFragmentBytes) / 16;
+#pragma unroll
+        for (int i = 0; i < Tile::kBlocksOfEight; ++i) {
+          if (owner_of(i) != part) continue;
+          store_sums(partial + i * (Tile::kPartialBlock / 16) + thread, sums[4 * i], sums[4 * i + 1], sums[4 * i + 2],
+                     sums[4 * i + 3]);
+        }
+        arrive_at_named_barrier(Tile::kLeftBarrier, kConsumerThreads + 32);
+        continue;
+      }
+#pragma unroll 1
+      for (int other = 0; other < work.others(); ++other) {
+#pragma unroll
+        for (int first = 0; first < Tile::kBlocksOfEight; first += Tile::kBlocksOfStage) {
+          barrier_wait(full + 8 * slot, parity);
+#pragma unroll
+          for (int i = first; i < first + Tile::kBlocksOfStage; ++i) {
+            if (i >= Tile::kBlocksOfEight || owner_of(i) != part) continue;
+            Accumulator v[4];
+            load_sums(stage + (i - first) * Tile::kPartialBlock + row_group * Tile::kFragmentBytes + thread * 16, v);
+#pragma unroll
+            for (int c = 0; c < 4; ++c) sums[4 * i + c] += v[c];
+          }
+          named_barrier(barrier, kWarpgroup);
+          if (thread == 0) barrier_arrive(empty + 8 * slot);
+          advance();
+        }
+      }
+    }
+
     // Through shared memory to rows of y. Threads that share a box wait for each other.
     const bool whole = all == 1;
-    const auto finish = [&](int i, int c) {
-      const int64_t m = token + 8 * i + 2 * t + c % 2;
-      if constexpr (std::is_same_v<Accumulator, int>) {
-        const Token of_token = p.tokens[min(m, p.M - 1)];
-        const float y = __fmul_rn(__int2float_rn(sums[4 * i + c] - __float_as_int(of_token.sum)),
-                                  __fdiv_rn(scalars[c / 2].scale, of_token.scale));
-        return p.bias ? __fadd_rn(y, scalars[c / 2].bias) : y;
-      } else {
-        return finish_row(scalars[c / 2], sums[4 * i + c]);
-      }
-    };
-    const int barrier = 1 + row_group + split * Tile::kRowGroups + 1;
     const SharedAddress box = out + row_group * Tile::kBoxSize;
+    const SharedAddress my_tokens = tokens + group * Tile::kTokens * int(sizeof(Int8Token));
+    if constexpr (kInteger) {
+#pragma unroll
+      for (int j = 0; j < kTokensOfThread; ++j) {
+        const int i = j * kWarpgroup + thread;
+        if (i < Tile::kTokens) {
+          store_words(my_tokens + i * int(sizeof(Int8Token)), of_tokens[j].sum, __float_as_uint(of_tokens[j].scale));
+        }
+      }
+    }
     if (thread == 0) wait_for_stores_to_read();
     named_barrier(barrier, kWarpgroup);
     const SharedAddress to = box + lane % 8 * kBoxBytes + ((2 * warp + lane / 8 % 2) ^ (lane % 8)) * 16;
 #pragma unroll
     for (int i = 0; i < Tile::kBlocksOfEight; ++i) {
       if (owner_of(i) != part) continue;
-      store_transposed(to + i * 8 * kBoxBytes, pack_pair(Out(), finish(i, 0), finish(i, 1)),
-                       pack_pair(Out(), finish(i, 2), finish(i, 3)));
+      float y[4];
+      if constexpr (kInteger) {
+        uint32_t pair[4];  // sum and scale of two tokens
+        load_words(my_tokens + (8 * i + 2 * t) * int(sizeof(Int8Token)), pair);
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+          const int sum = sums[4 * i + c] - static_cast<int>(pair[c % 2 * 2]);
+          y[c] = __fadd_rn(__fmul_rn(__int2float_rn(sum), __uint_as_float(pair[c % 2 * 2 + 1])), scalars[c / 2].bias);
+        }
+      } else {
+#pragma unroll
+        for (int c = 0; c < 4; ++c) y[c] = finish_row(scalars[c / 2], sums[4 * i + c]);
+      }
+      store_transposed(to + i * 8 * kBoxBytes, pack_pair(Out(), y[0], y[1]), pack_pair(Out(), y[2], y[3]));
     }
     copy_engine_fence();
     named_barrier(barrier, kWarpgroup);
@@ -262,7 +325,17 @@ __device__ void consume(const CUtensorMap& output, const WarpgroupProblem& p, Sh
       }
     }
   }
-  if (thread == 0) wait_for_stores();
+  if (thread == 0) wait_for_stores_to_read();
+}
+
+// This block's share of what all blocks will read soon, if it is not much: meanwhile the kernel before ends.
+__device__ inline void prefetch_slice(const void* p, int64_t bytes) {
+  constexpr int64_t kMost = 16 << 20;
+  if (bytes > kMost || reinterpret_cast<uintptr_t>(p) % 16 != 0) return;
+  const uint32_t vectors = static_cast<uint32_t>(bytes / 16);
+  const uint32_t each = (vectors + gridDim.x - 1) / gridDim.x;
+  const uint32_t from = min(vectors, each * blockIdx.x);
+  prefetch_to_l2(static_cast<const uint4*>(p) + from, 16 * (min(vectors, from + each) - from));
 }
 
 template <class F, ScalesOf kScales, class Tile, typename Out>
@@ -290,26 +363,35 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
     for (int i = 0; i < Tile::kConsumers; ++i) barrier_init(received + 8 * i, 1);
     barrier_init_fence();
   }
+  if (threadIdx.x == kWarpgroup * Tile::kConsumers + 32) {
+    prefetch_slice(p.x, p.x_bytes);
+    prefetch_slice(p.w, p.rows * p.words * 4);
+  }
+  if (kScales == ScalesOf::kColumns && threadIdx.x == kWarpgroup * Tile::kConsumers + 64) {
+    prefetch_slice(p.alpha, p.K / 4 * 16);
+    prefetch_slice(p.beta, p.K / 4 * 16);
+  }
   // Whoever sends to another block knows that it has started.
   if (blocks > 1) wait_for_cluster();
   __syncthreads();
-  wait_for_previous_kernel();
   if (group == Tile::kConsumers) {
-    if constexpr (Tile::kUnequalRegisters) asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
+    if constexpr (Tile::kUnequalRegisters) asm volatile("setmaxnreg.dec.sync.aligned.u32 72;");
     produce<F, Tile>(activations, p, stages, layout.stages, full, empty, rank, blocks, cluster, clusters);
   } else {
-    if constexpr (Tile::kUnequalRegisters) asm volatile("setmaxnreg.inc.sync.aligned.u32 224;");
-    consume<F, kScales, Tile, Out>(output, p, stages, layout.stages, stages + layout.out(), stages + layout.parts(),
-                                   stages + layout.scales(), full, empty, received, group, rank, blocks, cluster,
-                                   clusters);
+    if constexpr (Tile::kUnequalRegisters) asm volatile("setmaxnreg.inc.sync.aligned.u32 216;");
+    consume<F, kScales, Tile, Out>(output, p, stages, layout.stages, stages + layout.out(), stages + layout.tokens(),
+                                   stages + layout.parts(), stages + layout.scales(), full, empty, received, group,
+                                   rank, blocks, cluster, clusters);
   }
 #endif
 }
 
 template <class F, ScalesOf kScales, class Tile, typename Out>
-void run_warpgroup(const void* x, int64_t pitch, WarpgroupProblem p, int blocks, bool overlaps_previous,
+void run_warpgroup(const void* x, int64_t pitch, WarpgroupProblem p, int blocks, const Cut& cut, void* workspace,
                    cudaStream_t stream) {
   const auto layout = warpgroup_layout<F, Tile>(kScales, p.K, blocks);
+  p.x = x;
+  p.x_bytes = std::is_same_v<typename F::T, int8_t> ? 0 : p.M * pitch * int64_t(sizeof(typename F::T));
   p.row_tiles = static_cast<int>(ceil_div(p.rows, Tile::kRows));
   p.tiles = static_cast<int>(p.row_tiles * ceil_div(p.M, Tile::kTokens));
   p.boxed_output = p.rows % 8 == 0 && aligned(p.y, 16);
@@ -317,10 +399,15 @@ void run_warpgroup(const void* x, int64_t pitch, WarpgroupProblem p, int blocks,
   const CUtensorMap output =
       p.boxed_output ? matrix_map<Out>(p.y, p.M, p.rows, blocks * Tile::kSplit == 1 ? Tile::kTokens : 8) : activations;
   // A cluster makes one tile, a block alone as many as it takes.
-  const int at_once = device_attribute(cudaDevAttrMultiProcessorCount) * Tile::kResident;
-  const int wanted = blocks > 1 ? p.tiles * blocks : std::min(p.tiles, at_once);
-  const Grid grid{dim3(static_cast<unsigned>(wanted)), Tile::kThreads, static_cast<size_t>(layout.bytes()),
-                  overlaps_previous, blocks};
+  const int processors = device_attribute(cudaDevAttrMultiProcessorCount);
+  const int wanted = cut.tiles    ? processors
+                     : blocks > 1 ? p.tiles * blocks
+                                  : std::min(p.tiles, processors * Tile::kResident);
+  p.cut = cut;
+  p.partials = static_cast<uint4*>(workspace);
+  p.filled = reinterpret_cast<uint64_t*>(static_cast<char*>(workspace) + int64_t(processors) * Tile::kPartialBytes);
+  const Grid grid{dim3(static_cast<unsigned>(wanted)), Tile::kThreads, static_cast<size_t>(layout.bytes()), true,
+                  blocks};
   launch(warpgroup_kernel<F, kScales, Tile, Out>, grid, stream, activations, output, p, layout, blocks);
 }
 

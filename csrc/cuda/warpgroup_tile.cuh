@@ -18,19 +18,50 @@ constexpr int kMostCluster = 4;
 
 enum class ScalesOf { kColumns, kRows, kNothing };
 
+// Of a token that was quantised: the sum of its integers, and the weights' scale over its own.
+struct alignas(8) Int8Token {
+  int sum;
+  float scale;
+};
+
+// Tiles that would leave processors idle are cut: the last ones.
+struct Cut {
+  int tiles = 0;  // none: nothing is cut
+  // Stages of K of each that its owner makes, a block for each, while other blocks help; 0: all blocks have equal
+  // shares.
+  int own = 0;
+  int helpers_of_tile = 1;
+  int tiles_of_helper = 1;  // one of these two is 1
+};
+
 struct WarpgroupProblem {
+  const void* x;  // for its prefetch
+  int64_t x_bytes;
   const uint32_t* w;   // [rows, words]
   const float* alpha;  // of columns or rows, by stride; ternary: [1]
   const float* beta;
-  const float* bias;    // [rows] or null
-  const Token* tokens;  // int8: scale and sum of each token
-  void* y;              // [M, rows]
+  const float* bias;        // [rows] or null
+  const Int8Token* tokens;  // int8 activations only
+  void* y;                  // [M, rows]
   int64_t rows, words, M, K;
   int scale_stride;
   bool aligned_words;  // rows of the weights start on 16-byte boundaries
   bool boxed_output;   // rows of y start on 16-byte boundaries
   int row_tiles, tiles;
+  Cut cut;
+  uint4* partials;   // of cut tiles: Tile::kPartialBytes a block
+  uint64_t* filled;  // a block: kFilled once its partial sums are there
 };
+
+// What partial sums of all blocks take of a workspace.
+template <class Tile>
+constexpr int64_t partial_bytes(int64_t processors) {
+  return processors * int64_t(Tile::kPartialBytes + sizeof(uint64_t));
+}
+
+// Says that partial sums are there. Whoever reads it takes it away again, and no other 64 bits of a workspace that
+// nobody cleared are likely to be the same.
+constexpr uint64_t kFilled = 0xd1b54a32d192ed03;
 
 template <int kTokens_, int kRowGroups_, int kSplit_, int kBoxes_, int kStages_, int kResident_>
 struct WarpgroupTile {
@@ -58,6 +89,14 @@ struct WarpgroupTile {
   }
   // Wide tiles leave nothing to split, and their sums no room to be sent.
   static constexpr bool kSplits = kTokens <= 128;
+
+  // Of a tile that is cut, partial sums come through the stages, whole blocks of eight tokens in each.
+  static constexpr bool kCuts = kResident == 1;
+  static constexpr int kLeftBarrier = 2 + kConsumers;
+  static constexpr int kPartialBlock = kRowGroups * kFragmentBytes;
+  static constexpr int kPartialBytes = kBlocksOfEight * kPartialBlock;
+  static constexpr int kBlocksOfStage = std::min(kBlocksOfEight, kActivationBytes / kPartialBlock);
+  static constexpr int kPartialStages = (kBlocksOfEight + kBlocksOfStage - 1) / kBlocksOfStage;
 };
 
 template <class F, class Tile>
@@ -76,7 +115,10 @@ struct WarpgroupLayout {
   int part_bytes;
   int64_t scale_bytes;
   __host__ __device__ int64_t out() const { return int64_t(stages) * kStageBytes; }
-  __host__ __device__ int64_t parts() const { return out() + Tile::kOutBytes; }
+  __host__ __device__ int64_t tokens() const { return out() + Tile::kOutBytes; }
+  __host__ __device__ int64_t parts() const {
+    return tokens() + (std::is_same_v<T, int8_t> ? Tile::kConsumers * Tile::kTokens * int(sizeof(Int8Token)) : 0);
+  }
   __host__ __device__ int64_t scales() const { return parts() + part_bytes; }
   __host__ __device__ int64_t barriers() const { return scales() + scale_bytes; }
   __host__ __device__ int64_t bytes() const { return 1024 + barriers() + 8 * (2 * stages + Tile::kConsumers); }
@@ -100,8 +142,95 @@ WarpgroupLayout<F, Tile> warpgroup_layout(ScalesOf scales, int64_t K, int blocks
   return layout;
 }
 
-// The part of the stages of K that block `rank` of `blocks` takes.
-__device__ inline int first_stage(int stages, int rank, int blocks) { return stages * rank / blocks; }
+// What a block or a cluster makes: whole tiles, in turns; then its part of the tiles that are cut, a run of stages of
+// K. The block that has the first stages of a cut tile finishes it: it adds the sums that others leave in their places.
+// They leave theirs before it needs them, and it waits for blocks of lower indices only, which have started before it.
+class WarpgroupWork {
+ public:
+  int tile, begin, end;  // stages of K
+
+  __device__ WarpgroupWork(const WarpgroupProblem& p, int stages, int rank, int blocks, int cluster, int clusters)
+      : stages_(stages),
+        whole_(p.tiles - p.cut.tiles),
+        clusters_(clusters),
+        next_whole_(cluster),
+        part_begin_(stages * rank / blocks),
+        part_end_(stages * (rank + 1) / blocks) {
+    const Cut& cut = p.cut;
+    const int block = clusters - 1 - cluster;
+    const int helper = block - cut.tiles;
+    next_cut_ = whole_ + block;
+    next_begin_ = first_ = 0;
+    left_ = 0;
+    last_ = stages;
+    place_ = block;
+    if (cut.tiles == 0) return;
+    if (cut.own == 0) {  // the cut tiles end to end, in equal shares
+      const int from = cut.tiles * stages * block / clusters;
+      left_ = cut.tiles * stages * (block + 1) / clusters - from;
+      next_cut_ = whole_ + from / stages;
+      next_begin_ = from % stages;
+    } else if (helper < 0) {
+      left_ = last_ = cut.own;
+    } else {
+      place_ = helper * cut.tiles_of_helper;
+      const int tail = stages - cut.own;
+      const int of_tile = place_ / cut.helpers_of_tile;
+      const int part = place_ % cut.helpers_of_tile;
+      const int from = tail * part / cut.helpers_of_tile;
+      first_ = cut.own;
+      next_begin_ = first_ + from;
+      next_cut_ = whole_ + of_tile;
+      left_ = cut.tiles_of_helper > 1 ? tail * min(cut.tiles_of_helper, cut.tiles - of_tile)
+              : of_tile < cut.tiles   ? tail * (part + 1) / cut.helpers_of_tile - from
+                                      : 0;
+    }
+    others_ = cut.own == 0 ? 1 : cut.helpers_of_tile;
+    others_place_ = cut.own == 0 ? block + 1 : block * cut.helpers_of_tile;
+  }
+
+  __device__ bool next() {
+    if (next_whole_ < whole_) {
+      tile = next_whole_;
+      begin = part_begin_;
+      end = part_end_;
+      next_whole_ += clusters_;
+      return true;
+    }
+    if (left_ <= 0) return false;
+    tile = next_cut_++;
+    begin = next_begin_;
+    end = min(last_, begin + left_);
+    left_ -= end - begin;
+    next_begin_ = first_;
+    return true;
+  }
+
+  // Whether the sums of the present tile are left for another block, and then where.
+  __device__ bool leaves() const { return tile >= whole_ && begin > 0; }
+  __device__ int next_place() { return place_++; }
+  // How many others have left sums of it, and where the first has.
+  __device__ int others() const { return tile >= whole_ && begin == 0 && end < stages_ ? others_ : 0; }
+  __device__ int others_place() const { return others_place_; }
+
+ private:
+  int stages_, whole_, clusters_, next_whole_, part_begin_, part_end_;
+  int next_cut_, next_begin_, first_, last_, left_, place_, others_, others_place_;
+};
+
+// Partial sums that threads of this block wrote, and a barrier ordered, become visible with `filled`.
+__device__ inline void announce(uint64_t* filled) {
+  asm volatile("fence.acq_rel.gpu; st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(filled), "l"(kFilled) : "memory");
+}
+// Waits for them, for the copy engine to read.
+__device__ inline void await(uint64_t* filled) {
+  uint64_t v;
+  do {
+    asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(v) : "l"(filled) : "memory");
+  } while (v != kFilled);
+  asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(filled), "l"(uint64_t(0)) : "memory");
+  asm volatile("fence.proxy.async;" ::: "memory");
+}
 
 // Fetches words of all rows of the tile: each thread kCopy bytes of a row at a time.
 template <int kCopy, class Layout, class Tile>
@@ -168,17 +297,37 @@ __device__ void produce(const CUtensorMap& activations, const WarpgroupProblem& 
                         SharedAddress full, SharedAddress empty, int rank, int blocks, int cluster, int clusters) {
   using Layout = WarpgroupLayout<F, Tile>;
   const int thread = threadIdx.x % kWarpgroup;
-  const int all_stages = static_cast<int>(ceil_div(p.K, Layout::kDepth));
-  const int begin = first_stage(all_stages, rank, blocks);
-  const int end = first_stage(all_stages, rank + 1, blocks);
+  WarpgroupWork work(p, static_cast<int>(ceil_div(p.K, Layout::kDepth)), rank, blocks, cluster, clusters);
+  wait_for_previous_kernel();
+  let_next_kernel_start();
 
   int slot = 0;
   int parity = 1;
   SharedAddress stage = stages;
-  for (int tile = cluster; tile < p.tiles; tile += clusters) {
-    const int64_t row = int64_t(tile % p.row_tiles) * Tile::kRows;
-    const int token = tile / p.row_tiles * Tile::kTokens;
-    for (int s = begin; s < end; ++s) {
+  const auto advance = [&] {
+    stage += Layout::kStageBytes;
+    if (++slot == slots) {
+      slot = 0;
+      parity ^= 1;
+      stage = stages;
+    }
+  };
+  // One of the warps that fetch announces sums that were left, because whoever does so waits until they have arrived: a
+  // ring of stages later, and before the next ones can be left.
+  int left = -1;
+  int until = 0;
+  const auto announce_left = [&] {
+    if (thread / 32 == 3) {
+      named_barrier(Tile::kLeftBarrier, kWarpgroup * Tile::kConsumers + 32);
+      if (thread % 32 == 0) announce(p.filled + left);
+    }
+    left = -1;
+  };
+  while (work.next()) {
+    const int64_t row = int64_t(work.tile % p.row_tiles) * Tile::kRows;
+    const int token = work.tile / p.row_tiles * Tile::kTokens;
+    for (int s = work.begin; s < work.end; ++s) {
+      if (Tile::kCuts && left >= 0 && (until-- == 0 || s + 1 == work.end)) announce_left();
       barrier_wait(empty + 8 * slot, parity);
       if (thread == 0) {
         barrier_arrive_expecting(full + 8 * slot, Tile::kActivationBytes);
@@ -196,14 +345,33 @@ __device__ void produce(const CUtensorMap& activations, const WarpgroupProblem& 
         fetch_words<4, Layout, Tile>(p, row, int64_t(s) * Layout::kWordsOfRow, words, thread);
       }
       barrier_arrive_after_copies(full + 8 * slot);
-      stage += Layout::kStageBytes;
-      if (++slot == slots) {
-        slot = 0;
-        parity ^= 1;
-        stage = stages;
+      advance();
+    }
+    if constexpr (Tile::kCuts) {
+      if (work.leaves()) {
+        left = work.next_place();
+        until = slots;
+      }
+#pragma unroll 1
+      for (int other = 0; other < work.others(); ++other) {
+        const int place = work.others_place() + other;
+        if (thread == 0) await(p.filled + place);
+        const char* partial = reinterpret_cast<const char*>(p.partials) + int64_t(place) * Tile::kPartialBytes;
+#pragma unroll 1
+        for (int i = 0; i < Tile::kBlocksOfEight; i += Tile::kBlocksOfStage) {
+          barrier_wait(empty + 8 * slot, parity);
+          if (thread == 0) {
+            const int bytes = min(Tile::kBlocksOfStage, Tile::kBlocksOfEight - i) * Tile::kPartialBlock;
+            barrier_arrive_expecting(full + 8 * slot, bytes);
+            load_bytes(stage, partial + i * Tile::kPartialBlock, bytes, full + 8 * slot);
+          }
+          barrier_arrive_after_copies(full + 8 * slot);
+          advance();
+        }
       }
     }
   }
+  if (Tile::kCuts && left >= 0) announce_left();
 }
 
 }  // namespace bitkernels::cuda
