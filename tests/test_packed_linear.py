@@ -204,7 +204,7 @@ def test_same_bits_every_run(M, device):
     [
         (128, 10576, 2560, "column"),  # fewer tiles than processors: a block helps with two
         (300, 2000, 8000, "row"),  # three blocks help with one
-        (1024, 10576, 1280, "single"),  # more tiles: equal shares
+        (1024, 10576, 2560, "single"),  # more tiles: equal shares
         (1000, 9001, 2057, "column"),
     ],
 )

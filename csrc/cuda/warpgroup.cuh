@@ -43,7 +43,7 @@ __device__ void consume(const CUtensorMap& output, const WarpgroupProblem& p, Sh
   const int t = lane % 4;
   const F operand(t);
   const int all_stages = static_cast<int>(ceil_div(p.K, Layout::kDepth));
-  WarpgroupWork work(p, all_stages, rank, blocks, cluster, clusters);
+  WarpgroupWork<Tile::kCuts> work(p, all_stages, rank, blocks, cluster, clusters);
   // All blocks run at once, so the next kernel takes nothing from them.
   wait_for_previous_kernel();
   let_next_kernel_start();

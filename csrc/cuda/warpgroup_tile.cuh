@@ -145,6 +145,7 @@ WarpgroupLayout<F, Tile> warpgroup_layout(ScalesOf scales, int64_t K, int blocks
 // What a block or a cluster makes: whole tiles, in turns; then its part of the tiles that are cut, a run of stages of
 // K. The block that has the first stages of a cut tile finishes it: it adds the sums that others leave in their places.
 // They leave theirs before it needs them, and it waits for blocks of lower indices only, which have started before it.
+template <bool kCuts>
 class WarpgroupWork {
  public:
   int tile, begin, end;  // stages of K
@@ -164,7 +165,7 @@ class WarpgroupWork {
     left_ = 0;
     last_ = stages;
     place_ = block;
-    if (cut.tiles == 0) return;
+    if (!kCuts || cut.tiles == 0) return;
     if (cut.own == 0) {  // the cut tiles end to end, in equal shares
       const int from = cut.tiles * stages * block / clusters;
       left_ = cut.tiles * stages * (block + 1) / clusters - from;
@@ -197,7 +198,7 @@ class WarpgroupWork {
       next_whole_ += clusters_;
       return true;
     }
-    if (left_ <= 0) return false;
+    if (!kCuts || left_ <= 0) return false;
     tile = next_cut_++;
     begin = next_begin_;
     end = min(last_, begin + left_);
@@ -297,7 +298,7 @@ __device__ void produce(const CUtensorMap& activations, const WarpgroupProblem& 
                         SharedAddress full, SharedAddress empty, int rank, int blocks, int cluster, int clusters) {
   using Layout = WarpgroupLayout<F, Tile>;
   const int thread = threadIdx.x % kWarpgroup;
-  WarpgroupWork work(p, static_cast<int>(ceil_div(p.K, Layout::kDepth)), rank, blocks, cluster, clusters);
+  WarpgroupWork<Tile::kCuts> work(p, static_cast<int>(ceil_div(p.K, Layout::kDepth)), rank, blocks, cluster, clusters);
   wait_for_previous_kernel();
   let_next_kernel_start();
 
