@@ -1,4 +1,6 @@
 // The launch of stack_step.cuh: how the layers are shared out over the blocks, one to a processor.
+#include <algorithm>
+
 #include "launch.cuh"
 #include "stack_step.cuh"
 
@@ -38,15 +40,17 @@ StackPlan plan_stack(const StackStep& s) {
   const int inner = static_cast<int>(ceil_div(a.inner / 8, blocks));
   const int common = static_cast<int>(ceil_div(ceil_div(2 * a.groups * a.state + a.heads, 8), blocks));
   const int outer = static_cast<int>(ceil_div(a.width / 8, blocks));
-  if (2 * inner + common > kStackWarps || outer > kStackWarps) return plan;  // an octet a warp
-  a.in_rows = 8 * (2 * inner + common);
+  if (2 * inner + common > kStackWarps || outer > kStackWarps) return plan;
+  a.in_rows = 8 * (2 * inner + common);  // an octet a warp
   a.out_rows = 8 * outer;
+  a.block_groups = std::min(a.groups, (8 * inner - 8) / (a.inner / a.groups) + 2);
 
   // As in the kernel, and what its last tile of weights may read beyond its rows.
   const int64_t stage = a.in_rows * (a.width / 8) + a.in_rows / 2 * a.state * 4 + a.out_rows * (a.inner / 8);
-  const int64_t floats = ceil_div(a.width, kStackSlice) * a.in_rows + ceil_div(a.inner, kStackSlice) * a.out_rows +
-                         a.in_rows + 2 * ((kInParams + kStepParams) * a.in_rows + kOutParams * a.out_rows);
-  const int64_t rest = a.count * static_cast<int64_t>(sizeof(StackLayer)) + 4 * floats + 8 * (a.inner / 8);
+  const int64_t params = (kInParams + kStepParams) * a.in_rows + kOutParams * a.out_rows;
+  const int64_t floats = a.block_groups * 2 * a.state + ceil_div(a.width, kStackSlice) * a.in_rows +
+                         ceil_div(a.inner, kStackSlice) * a.out_rows + a.in_rows + 2 * params;
+  const int64_t rest = a.count * static_cast<int64_t>(sizeof(StackLayer)) + 8 * params + 4 * floats + 8 * (a.inner / 8);
   const int64_t room = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - int64_t(sizeof(StackShared)) - rest;
   const int64_t stages = room / stage < kMostStackStages ? room / stage : kMostStackStages;
   if (room < stage) return plan;

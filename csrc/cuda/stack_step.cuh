@@ -10,6 +10,9 @@
 // reads until it is there. There are no flags, so no order between writes is needed, and a hand-over takes as long as
 // one write and one read of L2.
 //
+// One warp more fetches: it starts all copies, and reads B, C and the step's sizes for the block. The others wait for
+// activations themselves, and rest where reading could only be in vain: it delays what is published.
+//
 // A projection is a product of bits, as in fused.cuh. A warp has a slice of K: it waits for these activations, makes
 // them fixed point in steps of its own and takes them apart into planes, and multiplies them with the slice's weights
 // of all rows of the block. RMSNorm's weight and alpha are one scale, which who makes an activation applies; the norm's
@@ -17,6 +20,7 @@
 #pragma once
 
 #include <cfloat>
+#include <cstddef>
 
 #include "bit_planes.cuh"
 #include "hopper.cuh"
@@ -28,11 +32,12 @@
 
 namespace bitkernels::cuda {
 
-constexpr int kStackWarps = 20;
-constexpr int kStackThreads = 32 * kStackWarps;
+constexpr int kStackWarps = 20;  // that compute; one more fetches
+constexpr int kStackThreads = 32 * (kStackWarps + 1);
 constexpr int kStackSlice = 256;  // of K, a warp's
 constexpr int kMostStackWidth = kStackSlice * kStackWarps;
 constexpr int kMostStackStages = 3;
+constexpr int kRestNanoseconds = 500;  // of warps without a part in the residual, about as long as it takes
 constexpr int kStackTaps = 4;
 constexpr int kInParams = 2 + 2 * kStackTaps - 1;  // bias; bias, taps and earlier inputs of the convolution
 constexpr int kStepParams = 4;                     // D; norm, alpha and beta of the output
@@ -49,7 +54,7 @@ struct StackExchange {
 struct StackArgs {
   float* residual;  // [d_model]
   StackExchange in, out;
-  float* common;  // [layer][common_pitch]: B, C, and the step's sizes as they leave the input projection
+  float* common;  // [layer][common_pitch]: B and C, then the steps of the heads, each with its decay
   const int64_t* state_indices;
   int64_t slots, conv_slot, conv_row, ssm_slot;  // strides
   int count;                                     // of layers
@@ -57,8 +62,8 @@ struct StackArgs {
   int heads, head_dim, state, groups, taps;
   int common_pitch;
   int stages;
-  int in_rows, out_rows;       // of a block, at most
-  float per_width, per_inner;  // 1 / width, 1 / inner
+  int in_rows, out_rows, block_groups;  // of a block, at most
+  float per_width, per_inner;           // 1 / width, 1 / inner
   float in_eps, out_eps;
   StackLayer layers[kMostStackLayers];
 };
@@ -82,6 +87,8 @@ __host__ __device__ inline Share later_share_of(int items, int octets, int block
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
 __device__ inline bool written(uint32_t v) { return v != kUnwritten; }
+__device__ inline bool written(uint2 v) { return written(v.x) && written(v.y); }
+__device__ inline bool written(uint4 v) { return written(v.x) && written(v.y) && written(v.z) && written(v.w); }
 
 __device__ inline uint4 load_exchanged(const uint4* p) {
   uint4 v;
@@ -103,6 +110,9 @@ __device__ inline float load_exchanged(const float* p) {
 }
 __device__ inline void store_exchanged(void* p, uint32_t v) {
   asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
+}
+__device__ inline void store_exchanged(float2* p, float x, float y) {
+  asm volatile("st.relaxed.gpu.global.v2.f32 [%0], {%1, %2};" ::"l"(p), "f"(x), "f"(y) : "memory");
 }
 
 // By a thread: until a value is there.
@@ -133,27 +143,32 @@ __device__ inline int lane_again() {
   return lane;
 }
 
-// Eight lanes, kStep apart, have an octet's values, the one of `row` being this lane's. By a whole warp.
+// Two neighbours' activations, the even one's in this lane and the odd one's kStep lanes on. By a whole warp.
 template <int kStep>
-__device__ void publish_octet(const StackExchange& to, int64_t octet, int row, bool stores, float scaled, float square,
-                              float shifted) {
+__device__ void publish_pair(const StackExchange& to, int64_t pair, bool stores, float scaled) {
   const float next = __shfl_xor_sync(0xffffffff, scaled, kStep);
-  square = add_lanes(square, kStep, 8 * kStep);
-  shifted = add_lanes(shifted, kStep, 8 * kStep);
-  if (!stores || row > 3 && row % 2) return;
-  if (row % 2) {
-    store_exchanged(reinterpret_cast<float*>(to.sums + octet) + row / 2, __float_as_uint(row == 1 ? square : shifted));
-  } else {
-    store_exchanged(reinterpret_cast<uint32_t*>(to.values + octet) + row / 2,
-                    bits_of(from_float<bf16>(scaled)) | bits_of(from_float<bf16>(next)) << 16);
+  if (!stores) return;
+  store_exchanged(reinterpret_cast<uint32_t*>(to.values) + pair,
+                  bits_of(from_float<bf16>(scaled)) | bits_of(from_float<bf16>(next)) << 16);
+}
+
+// Lanes below 8 have an octet's values, and the others the same. By a whole warp. Values go first: the sums take
+// longer.
+__device__ inline void publish_octet(const StackExchange& to, int64_t octet, float scaled, float square,
+                                     float shifted) {
+  const int lane = lane_again();
+  publish_pair<1>(to, 4 * octet + lane % 8 / 2, lane < 8 && lane % 2 == 0, scaled);
+  const float sum = add_lanes(add_halves(square, shifted, 4), 1, 4);  // squares in lanes 0 to 3, the other in 4 to 7
+  if (lane < 8 && lane % 4 == 0) {
+    store_exchanged(reinterpret_cast<float*>(to.sums + octet) + lane / 4, __float_as_uint(sum));
   }
 }
 
 // A slice of K times the block's rows: partial[row] is what the slice adds to it, but for the norm's divisor. By a
-// warp; returns the sum of the slice's squares.
-__device__ inline float multiply_slice(const uint4* values, const float2* sums, bool has_octet, uint32_t* planes,
-                                       const uint8_t* weights, int pitch, int rows, SharedAddress arrived, int parity,
-                                       float* partial) {
+// warp; returns the sum of the slice's squares. Not inlined: both projections then fetch the same instructions.
+__device__ __noinline__ float multiply_slice(const uint4* values, const float2* sums, bool has_octet, uint32_t* planes,
+                                             const uint8_t* weights, int pitch, int rows, SharedAddress arrived,
+                                             int parity, float* partial) {
   const int lane = lane_again();
   float v[8] = {};
   float square = 0.0f, shifted = 0.0f;
@@ -164,8 +179,7 @@ __device__ inline float multiply_slice(const uint4* values, const float2* sums, 
   do {  // together, so that the warp stays one
     pairs = load_exchanged(values);
     sum = load_exchanged(sums);
-    ready = written(pairs.x) && written(pairs.y) && written(pairs.z) && written(pairs.w) && written(sum.x) &&
-            written(sum.y);
+    ready = written(pairs) && written(sum);
   } while (!__all_sync(0xffffffff, ready));
   if (has_octet) {
     const uint32_t pair[4] = {pairs.x, pairs.y, pairs.z, pairs.w};
@@ -238,12 +252,20 @@ __device__ inline float multiply_slice(const uint4* values, const float2* sums, 
 struct StackShared {
   alignas(16) uint32_t planes[kStackWarps][16 * 8];
   alignas(16) float squares[2][kStackWarps];  // of slices, of the two projections
+  float2 sums[4 * kStackWarps];               // of squares and of what is shifted, what a channel of the block adds
+  float2 steps[kStackWarps / 2];              // of the block's heads, the step and its decay
   uint64_t arrived[3][kMostStackStages];      // input weights, states, output weights
-  int in_row[kStackWarps][8];                 // of the input projection; negative for none
-  int head[kStackWarps], group[kStackWarps];  // of a warp's channels
+  int in_row[kStackWarps + 1][8];             // of the input projection; negative for none
+  int head[kStackWarps], group[kStackWarps];  // of an octet's channels, counted from the block's first
   int64_t slot;
   int first_inner, first_outer, first_later;  // octets of the block
 };
+
+// Where a parameter of the block's row is: the place of its array in StackLayer, and the element's times kSources.
+constexpr int kSources = 32;
+static_assert(sizeof(StackLayer) % 8 == 0 && sizeof(StackLayer) / 8 < kSources);
+constexpr int64_t kNoSource = -1;  // not needed
+constexpr int64_t kZeroSource = kSources - 1;
 
 __global__ void __launch_bounds__(kStackThreads, 1) stack_step_kernel(const __grid_constant__ StackArgs a) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -256,6 +278,7 @@ __global__ void __launch_bounds__(kStackThreads, 1) stack_step_kernel(const __gr
   const int common_rows = 2 * a.groups * a.state + a.heads;
   const Share later = later_share_of(ceil_div(common_rows, 8), a.inner / 8, block, blocks);
   const int in_rows = 8 * (2 * inner.count + later.count), out_rows = 8 * outer.count;
+  const int sizes_at = 2 * a.groups * a.state;  // of the steps, in what is common
   const int state_row_bytes = a.state * 4;
   const int states_at = a.in_rows * (a.width / 8);
   const int out_at = states_at + a.in_rows / 2 * state_row_bytes;
@@ -263,13 +286,16 @@ __global__ void __launch_bounds__(kStackThreads, 1) stack_step_kernel(const __gr
   const int64_t slot = slot_of(a.state_indices, a.slots, 0);
 
   uint8_t* stages = reinterpret_cast<uint8_t*>(dynamic);
-  StackLayer* layers = reinterpret_cast<StackLayer*>(stages + a.stages * stage_bytes);
+  float* common_held = reinterpret_cast<float*>(stages + a.stages * stage_bytes);  // [group of the block][B, C]
+  StackLayer* layers = reinterpret_cast<StackLayer*>(common_held + a.block_groups * 2 * a.state);
+  const int step_params_at = kInParams * a.in_rows, out_params_at = step_params_at + kStepParams * a.in_rows;
+  const int params_of_layer = out_params_at + kOutParams * a.out_rows;
+  int64_t* sources = reinterpret_cast<int64_t*>(layers + a.count);  // of a layer's parameters
   const int in_slices = ceil_div(a.width, kStackSlice), out_slices = ceil_div(a.inner, kStackSlice);
-  float* in_partial = reinterpret_cast<float*>(layers + a.count);  // [slice][row]
+  float* in_partial = reinterpret_cast<float*>(sources + params_of_layer);  // [slice][row]
   float* out_partial = in_partial + in_slices * a.in_rows;
-  float* zx = out_partial + out_slices * a.out_rows;  // z, then x, of the block's channels
+  float* zx = out_partial + out_slices * a.out_rows;  // gates, then x, of the block's channels
   float* params = zx + a.in_rows;                     // [layer's parity][parameter][row]
-  const int params_of_layer = kInParams * a.in_rows + kStepParams * a.in_rows + kOutParams * a.out_rows;
 
   for (int i = thread; i < a.count * static_cast<int>(sizeof(StackLayer) / 8); i += kStackThreads) {
     reinterpret_cast<uint64_t*>(layers)[i] = reinterpret_cast<const uint64_t*>(a.layers)[i];
@@ -333,70 +359,78 @@ __global__ void __launch_bounds__(kStackThreads, 1) stack_step_kernel(const __gr
                layers[layer].ssm_state + slot * a.ssm_slot + int64_t(8 * kept(shared.first_inner)) * a.state, bytes,
                full);
   };
-  const bool brings = thread == kStackThreads - 32;
-  if (brings) {
+  // The last warp starts copies and fetches what is of all blocks and for all warps.
+  const bool fetches = warp == kStackWarps;
+  if (fetches && lane == 0) {
 #pragma unroll 1
     for (int i = 0; i < a.stages; ++i) bring_in(i, i), bring_states(i, i), bring_out(i, i);
   }
 
-  // A warp has an octet of each: rows of the input projection, channels, rows of the output projection. Lanes 8 apart
-  // share one of its rows.
+  // A warp has an octet of each: rows of the input projection and rows of the output projection. Lanes 8 apart share
+  // one of its rows. Four warps have an octet of channels, each of them two.
   const bool has_out = warp < outer.count;
-  const bool steps = warp < inner.count;
-  const int sizes_at = 2 * a.groups * a.state;  // of the steps, in what is common; then the decays
+  const int first_head = 8 * inner.first / a.head_dim, first_group = first_head / (a.heads / a.groups);
   if (lane < 8) shared.in_row[warp][lane] = in_row_of(8 * warp + lane);
-  if (lane == 0) {
-    shared.head[warp] = 8 * (inner.first + warp) / a.head_dim;
-    shared.group[warp] = shared.head[warp] / (a.heads / a.groups);
+  if (lane == 0 && warp < inner.count) {
+    const int head = 8 * (inner.first + warp) / a.head_dim;
+    shared.head[warp] = head - first_head;
+    shared.group[warp] = head / (a.heads / a.groups) - first_group;
   }
   float residual = has_out ? a.residual[8 * (outer.first + warp) + lane % 8] : 0.0f;
+
+  const auto source_of = [&](int i) {
+    const auto source = [](size_t place, int64_t element) {
+      return element * kSources + static_cast<int64_t>(place / sizeof(const float*));
+    };
+    if (i < step_params_at) {
+      const int p = i / a.in_rows, in_row = in_row_of(i % a.in_rows), channel = in_row - a.inner;
+      if (in_row < 0) return kNoSource;
+      if (p == 0) return source(offsetof(StackLayer, in_bias), in_row);
+      if (channel >= a.inner + sizes_at) {
+        if (p == 1) return source(offsetof(StackLayer, dt_bias), channel - a.inner - sizes_at);
+        return p == 2 ? source(offsetof(StackLayer, A), channel - a.inner - sizes_at) : kNoSource;
+      }
+      if (channel < 0) return kNoSource;
+      if (p == 1) return source(offsetof(StackLayer, conv_bias), channel);
+      const int weight = p - 2, input = weight - kStackTaps;
+      if (input >= a.taps - 1 || weight >= a.taps && input < 0) return kNoSource;
+      if (input < 0) return source(offsetof(StackLayer, conv_weight), channel * a.taps + weight);
+      if (slot < 0) return kZeroSource;
+      return source(offsetof(StackLayer, conv_state), slot * a.conv_slot + input * a.conv_row + channel);
+    }
+    if (i < out_params_at) {
+      const int p = (i - step_params_at) / a.in_rows, own = (i - step_params_at) % a.in_rows;
+      if (own >= 8 * inner.count) return kNoSource;
+      const int channel = 8 * inner.first + own;
+      if (p == 0) return source(offsetof(StackLayer, D), channel / a.head_dim);
+      return source(p == 1   ? offsetof(StackLayer, out_norm)
+                    : p == 2 ? offsetof(StackLayer, out_alpha)
+                             : offsetof(StackLayer, out_beta),
+                    channel);
+    }
+    const int p = (i - out_params_at) / a.out_rows, own = (i - out_params_at) % a.out_rows;
+    if (own >= out_rows) return kNoSource;
+    return source(p == 0   ? offsetof(StackLayer, in_norm)
+                  : p == 1 ? offsetof(StackLayer, in_alpha)
+                  : p == 2 ? offsetof(StackLayer, in_beta)
+                           : offsetof(StackLayer, out_bias),
+                  8 * outer.first + own);
+  };
+  for (int i = thread; i < params_of_layer; i += kStackThreads) sources[i] = source_of(i);
   __syncthreads();
 
-  // What a layer needs besides, on its way a layer before.
-  const auto of_in = [&](int layer, int row) { return params + (layer & 1) * params_of_layer + 8 * warp + row; };
-  const auto of_step = [&](int layer, int row) { return of_in(layer, row) + kInParams * a.in_rows; };
-  const auto of_out = [&](int layer, int row) { return of_in(layer, row) + (kInParams + kStepParams) * a.in_rows; };
+  // What a layer needs besides, on its way a layer before. By the warps that compute.
+  const auto params_of = [&](int layer) { return params + (layer & 1) * params_of_layer; };
   const auto bring_params = [&](int layer) {
-    const int row = lane_again();
-    if (layer < a.count && row < 8) {
-      const StackLayer& l = layers[layer];
-      const int in_row = kept(shared.in_row[warp][row]), common = in_row - 2 * a.inner;
-      const int64_t slot = kept(shared.slot);
-      float *in_to = of_in(layer, row), *step_to = of_step(layer, row), *out_to = of_out(layer, row);
-      const auto bring = [&](float* to, const float* from, int64_t i) {
-        copy_or_zero<4>(shared_address(to), from ? from + i : a.residual, from != nullptr);
-      };
-      if (in_row >= 0) {
-        bring(in_to, l.in_bias, in_row);
-        if (in_row >= a.inner && common < sizes_at) {
-          const int channel = in_row - a.inner;
-          bring(in_to + a.in_rows, l.conv_bias, channel);
-#pragma unroll
-          for (int w = 0; w < kStackTaps; ++w) {
-            if (w < a.taps) bring(in_to + (2 + w) * a.in_rows, l.conv_weight, channel * a.taps + w);
-            if (w + 1 < a.taps) {
-              bring(in_to + (2 + kStackTaps + w) * a.in_rows, slot < 0 ? nullptr : l.conv_state,
-                    slot * a.conv_slot + w * a.conv_row + channel);
-            }
-          }
-        } else if (common >= 0) {
-          bring(in_to + a.in_rows, l.dt_bias, common - sizes_at);
-          bring(in_to + 2 * a.in_rows, l.A, common - sizes_at);
-        }
-      }
-      if (steps) {
-        const int own_channel = 8 * (inner.first + warp);
-        bring(step_to, l.D, kept(shared.head[warp]));
-        bring(step_to + a.in_rows, l.out_norm, own_channel + row);
-        bring(step_to + 2 * a.in_rows, l.out_alpha, own_channel + row);
-        bring(step_to + 3 * a.in_rows, l.out_beta, own_channel + row);
-      }
-      if (has_out) {
-        const int out_row = 8 * (outer.first + warp) + row;
-        bring(out_to, l.in_norm, out_row);
-        bring(out_to + a.out_rows, l.in_alpha, out_row);
-        bring(out_to + 2 * a.out_rows, l.in_beta, out_row);
-        bring(out_to + 3 * a.out_rows, l.out_bias, out_row);
+    if (layer < a.count && warp < kStackWarps) {
+      const float* const* arrays = reinterpret_cast<const float* const*>(layers + layer);
+#pragma unroll 1
+      for (int i = threadIdx.x; i < params_of_layer; i += 32 * kStackWarps) {
+        const int64_t source = sources[i];
+        if (source == kNoSource) continue;
+        const float* from = source == kZeroSource ? nullptr : arrays[source % kSources];
+        copy_or_zero<4>(shared_address(params_of(layer) + i), from ? from + source / kSources : a.residual,
+                        from != nullptr);
       }
     }
     commit_copies();
@@ -423,148 +457,191 @@ __global__ void __launch_bounds__(kStackThreads, 1) stack_step_kernel(const __gr
   // The residual as activations of the layer's input projection.
   const auto publish_residual = [&](int layer) {
     const int lane = lane_again();
-    const float* own = of_out(layer, lane % 8);
+    const float* own = params_of(layer) + out_params_at + 8 * warp + lane % 8;
     const float scaled = residual * own[0];
-    publish_octet<1>(a.in, layer * in_octets + outer.first + warp, lane % 8, lane < 8, scaled * own[a.out_rows],
-                     residual * residual, scaled * own[2 * a.out_rows]);
+    publish_octet(a.in, layer * in_octets + outer.first + warp, scaled * own[a.out_rows], residual * residual,
+                  scaled * own[2 * a.out_rows]);
   };
   if (has_out) publish_residual(0);
   int stage = 0, parity = 0;
 #pragma unroll 1
   for (int layer = 0; layer < a.count; ++layer) {
-    bring_params(layer + 1);
+    if (layer + 1 == a.count) let_next_kernel_start();
     uint8_t* held = stages + stage * stage_bytes;
     float* common_now = a.common + layer * a.common_pitch;
-    float square = 0.0f;
-    if (brings && layer > 0) {
-      // While all compute: what travels must not meet what is exchanged.
-      wait_for(&a.in.sums[layer * in_octets].x);
-      const int before = stage == 0 ? a.stages - 1 : stage - 1;
-      bring_states(layer - 1 + a.stages, before);
-      bring_out(layer - 1 + a.stages, before);
-    }
-    if (warp < in_slices) {
-      const int octet = layer * in_octets + min(thread, in_octets - 1);
-      square = multiply_slice(a.in.values + octet, a.in.sums + octet, thread < in_octets, shared.planes[warp],
-                              held + warp * 32, in_octets, in_rows, shared_address(&shared.arrived[0][stage]), parity,
-                              in_partial + warp * a.in_rows);
-    }
-    if (lane == 0) shared.squares[0][warp] = square;
-    __syncthreads();
-    if (8 * warp < in_rows) {
+    if (fetches) {
+      if (lane == 0 && layer > 0) {
+        // While all compute: what travels must not meet what is exchanged.
+        wait_for(&a.in.sums[layer * in_octets].x);
+        const int before = stage == 0 ? a.stages - 1 : stage - 1;
+        bring_states(layer - 1 + a.stages, before);
+        bring_out(layer - 1 + a.stages, before);
+      }
       __syncwarp();
-      const int lane = lane_again(), row = lane % 8;
-      const float* own = of_in(layer, row);
-      float y = product(in_partial, a.in_rows, in_slices, 0, a.per_width, a.in_eps) + own[0];
-      y = to_float(from_float<bf16>(y));
-      float decay = 0.0f;
-      const int in_row = kept(shared.in_row[warp][row]), common = in_row - 2 * a.inner;
-      if (in_row >= a.inner && common < sizes_at) {
-        float sum = own[a.in_rows];
-        const int64_t slot = kept(shared.slot);
-        float* state = layers[layer].conv_state + slot * a.conv_slot + in_row - a.inner;
-#pragma unroll
-        for (int w = 0; w < kStackTaps; ++w) {
-          if (w >= a.taps) break;
-          const float input = w + 1 < a.taps ? own[(2 + kStackTaps + w) * a.in_rows] : y;
-          sum = fmaf(input, own[(2 + w) * a.in_rows], sum);
-          if (w > 0 && slot >= 0 && lane < 8) state[(w - 1) * a.conv_row] = input;
-        }
-        y = to_float(from_float<bf16>(silu(sum)));
-      } else if (common >= 0) {
-        y += own[a.in_rows];
-        y = fmaxf(y, 0.0f) + log1pf(expf(-fabsf(y)));
-        decay = expf(y * own[2 * a.in_rows]);
-      }
-      if (common < 0) {
-        zx[8 * warp + row] = y;
-      } else if (lane < 8) {
-        store_exchanged(common_now + common, __float_as_uint(y));
-        if (common >= sizes_at) store_exchanged(common_now + common + a.heads, __float_as_uint(decay));
-      }
-    }
-    __syncthreads();
-    if (steps) {
+    } else {
       const int lane = lane_again();
-      float4 h[8] = {};
-      const int64_t slot = kept(shared.slot);
-      const int head = kept(shared.head[warp]), group = kept(shared.group[warp]);
-      const bool has_state = 4 * lane < a.state;
-      if (slot >= 0) {
-        barrier_wait(shared_address(&shared.arrived[1][stage]), parity);
-        const float4* rows = reinterpret_cast<const float4*>(held + states_at + warp * 8 * state_row_bytes) + lane;
+      if (8 * warp < in_rows && lane < 8) {
+        // The convolution but for its last input.
+        float* own = params_of(layer) + 8 * warp + lane;
+        const int channel = kept(shared.in_row[warp][lane]) - a.inner;
+        if (channel >= 0 && channel < a.inner + sizes_at) {
+          const int64_t slot = kept(shared.slot);
+          float* state = layers[layer].conv_state + slot * a.conv_slot + channel;
+          float sum = own[a.in_rows];
 #pragma unroll
-        for (int r = 0; r < 8; ++r) {
-          if (has_state) h[r] = rows[r * (a.state / 4)];
+          for (int w = 0; w + 1 < kStackTaps; ++w) {
+            if (w + 1 >= a.taps) break;
+            const float input = own[(2 + kStackTaps + w) * a.in_rows];
+            sum = fmaf(input, own[(2 + w) * a.in_rows], sum);
+            if (w > 0 && slot >= 0) state[(w - 1) * a.conv_row] = input;
+          }
+          own[a.in_rows] = sum;
         }
       }
-      const float* x = zx + 8 * (inner.count + warp);
-      const int r4 = lane / 4;
-      const float gate = silu(zx[8 * warp + r4]);
-      const float* own_params = of_step(layer, r4);
-      const float plain = own_params[0] * x[r4];
-      const float norm = own_params[a.in_rows];
-      const float scale = norm * own_params[2 * a.in_rows], shift = norm * own_params[3 * a.in_rows];
-      const int n = has_state ? 4 * lane : 0;
-      const uint4* B_at = reinterpret_cast<const uint4*>(common_now + group * a.state + n);
-      const uint4* C_at = reinterpret_cast<const uint4*>(common_now + (a.groups + group) * a.state + n);
-      uint4 b, c;
-      float dt, decay;
-      bool ready;
-      do {
-        b = load_exchanged(B_at), c = load_exchanged(C_at);
-        dt = load_exchanged(common_now + sizes_at + head);
-        decay = load_exchanged(common_now + sizes_at + a.heads + head);
-        ready = written(b.x) && written(b.y) && written(b.z) && written(b.w) && written(c.x) && written(c.y) &&
-                written(c.z) && written(c.w) && written(__float_as_uint(dt)) && written(__float_as_uint(decay));
-      } while (!__all_sync(0xffffffff, ready));
-      const float B[4] = {__uint_as_float(b.x), __uint_as_float(b.y), __uint_as_float(b.z), __uint_as_float(b.w)};
-      const float C[4] = {has_state ? __uint_as_float(c.x) : 0.0f, has_state ? __uint_as_float(c.y) : 0.0f,
-                          has_state ? __uint_as_float(c.z) : 0.0f, has_state ? __uint_as_float(c.w) : 0.0f};
-      float sums[8];
-#pragma unroll
-      for (int r = 0; r < 8; ++r) {
-        const float scaled = dt * x[r];
-        h[r].x = fmaf(scaled, B[0], decay * h[r].x);
-        h[r].y = fmaf(scaled, B[1], decay * h[r].y);
-        h[r].z = fmaf(scaled, B[2], decay * h[r].z);
-        h[r].w = fmaf(scaled, B[3], decay * h[r].w);
-        sums[r] = fmaf(h[r].x, C[0], fmaf(h[r].y, C[1], fmaf(h[r].z, C[2], h[r].w * C[3])));
+      __syncwarp();
+      float square = 0.0f;
+      if (warp < in_slices) {
+        const int octet = 32 * warp + lane, at = layer * in_octets + min(octet, in_octets - 1);
+        square = multiply_slice(a.in.values + at, a.in.sums + at, octet < in_octets, shared.planes[warp],
+                                held + warp * 32, in_octets, in_rows, shared_address(&shared.arrived[0][stage]), parity,
+                                in_partial + warp * a.in_rows);
       }
-      float out = add_halves(add_halves(add_halves(sums[0], sums[4], 16), add_halves(sums[2], sums[6], 16), 8),
-                             add_halves(add_halves(sums[1], sums[5], 16), add_halves(sums[3], sums[7], 16), 8), 4);
-      out = add_lanes(out, 1, 4);
-      out = slot < 0 ? 0.0f : (out + plain) * gate;  // padding has no output
-      publish_octet<4>(a.out, layer * out_octets + inner.first + warp, r4, lane % 4 == 0, out * scale, out * out,
-                       out * shift);
-      if (slot >= 0 && has_state) {
-        float* to =
-            layers[layer].ssm_state + slot * a.ssm_slot + int64_t(8 * (inner.first + warp)) * a.state + 4 * lane;
-#pragma unroll
-        for (int r = 0; r < 8; ++r) *reinterpret_cast<float4*>(to + r * a.state) = h[r];
-      }
-    }
-    if (brings) {
-      wait_for(common_now + sizes_at);
-      bring_in(layer + a.stages, stage);
+      if (lane == 0) shared.squares[0][warp] = square;
     }
     __syncthreads();
-    square = 0.0f;
-    if (warp < out_slices) {
-      const int octet = layer * out_octets + min(thread, out_octets - 1);
-      square = multiply_slice(a.out.values + octet, a.out.sums + octet, thread < out_octets, shared.planes[warp],
-                              held + out_at + warp * 32, out_octets, out_rows,
-                              shared_address(&shared.arrived[2][stage]), parity, out_partial + warp * a.out_rows);
+    if (fetches) {
+      if (inner.count > 0) {
+        const int lane = lane_again(), n = min(4 * lane, a.state - 4), last = inner.count - 1;
+        const float2* step_at = reinterpret_cast<const float2*>(common_now + sizes_at) + first_head;
+        const int step = min(lane, kept(shared.head[last]));
+#pragma unroll 1
+        for (int group = 0; group <= kept(shared.group[last]); ++group) {
+          const float* B_at = common_now + (first_group + group) * a.state + n;
+          uint4 b, c;
+          uint2 size;
+          do {
+            b = load_exchanged(reinterpret_cast<const uint4*>(B_at));
+            c = load_exchanged(reinterpret_cast<const uint4*>(B_at + a.groups * a.state));
+            size = load_exchanged(step_at + step);
+          } while (!__all_sync(0xffffffff, written(b) && written(c) && written(size)));
+          float* B_to = common_held + group * 2 * a.state + n;
+          *reinterpret_cast<uint4*>(B_to) = b;
+          *reinterpret_cast<uint4*>(B_to + a.state) = c;
+          shared.steps[step] = {__uint_as_float(size.x), __uint_as_float(size.y)};
+        }
+      }
+    } else {
+      if (8 * warp < in_rows) {
+        __syncwarp();
+        const int lane = lane_again(), row = lane % 8;
+        const float* own = params_of(layer) + 8 * warp + row;
+        const float sum = product(in_partial, a.in_rows, in_slices, 0, a.per_width, a.in_eps) + own[0];
+        const float input = to_float(from_float<bf16>(sum));
+        const int in_row = kept(shared.in_row[warp][row]), common = in_row - 2 * a.inner;
+        const bool convolved = in_row >= a.inner && common < sizes_at;
+        float y;
+        if (common >= sizes_at) {
+          const float v = input + own[a.in_rows];
+          y = fmaxf(v, 0.0f) + log1pf(expf(-fabsf(v)));
+          const float decay = expf(y * own[2 * a.in_rows]);
+          if (lane < 8) {
+            store_exchanged(reinterpret_cast<float2*>(common_now + sizes_at) + common - sizes_at, y, decay);
+          }
+        } else {
+          y = silu(convolved ? fmaf(input, own[(1 + a.taps) * a.in_rows], own[a.in_rows]) : input);
+          if (convolved) y = to_float(from_float<bf16>(y));
+          if (common < 0) {
+            zx[8 * warp + row] = y;
+          } else if (lane < 8) {
+            store_exchanged(common_now + common, __float_as_uint(y));
+          }
+        }
+        const int64_t slot = kept(shared.slot);
+        if (convolved && a.taps > 1 && slot >= 0 && lane < 8) {
+          layers[layer].conv_state[slot * a.conv_slot + (a.taps - 2) * a.conv_row + in_row - a.inner] = input;
+        }
+      }
+      bring_params(layer + 1);
+      if (kept(shared.slot) >= 0 && inner.count > 0) {
+        barrier_wait(shared_address(&shared.arrived[1][stage]), parity);
+      }
     }
-    if (lane == 0) shared.squares[1][warp] = square;
+    __syncthreads();
+    if (!fetches) {
+      const int lane = lane_again(), n = 4 * (lane % 16);
+      const int64_t slot = kept(shared.slot);
+#pragma unroll 1
+      for (int octet = warp / 4; octet < inner.count; octet += kStackWarps / 4) {
+        const int row = 8 * octet + 2 * (warp % 4) + lane / 16;  // of the block's channels; its lanes have n and n + 64
+        const float* B_at = common_held + kept(shared.group[octet]) * 2 * a.state + n;
+        const float* state = reinterpret_cast<const float*>(held + states_at + row * state_row_bytes) + n;
+        const float2 size = shared.steps[kept(shared.head[octet])];
+        const float* own = params_of(layer) + step_params_at + row;
+        const float x = zx[8 * inner.count + row], scaled = size.x * x;
+        float4 h[2] = {};
+        float sums[2] = {};
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          if (n + 64 * i >= a.state) continue;
+          const float4 B = *reinterpret_cast<const float4*>(B_at + 64 * i);
+          const float4 C = *reinterpret_cast<const float4*>(B_at + a.state + 64 * i);
+          if (slot >= 0) h[i] = *reinterpret_cast<const float4*>(state + 64 * i);
+          h[i].x = fmaf(scaled, B.x, size.y * h[i].x);
+          h[i].y = fmaf(scaled, B.y, size.y * h[i].y);
+          h[i].z = fmaf(scaled, B.z, size.y * h[i].z);
+          h[i].w = fmaf(scaled, B.w, size.y * h[i].w);
+          sums[i] = fmaf(h[i].x, C.x, fmaf(h[i].y, C.y, fmaf(h[i].z, C.z, h[i].w * C.w)));
+        }
+        float out = add_lanes(sums[0] + sums[1], 1, 16);
+        out = slot < 0 ? 0.0f : fmaf(own[0], x, out) * zx[row];  // padding has no output
+        const float normed = out * own[a.in_rows];
+        publish_pair<16>(a.out, 4 * (layer * out_octets + inner.first) + row / 2, lane == 0,
+                         normed * own[2 * a.in_rows]);
+        if (lane % 16 == 0) shared.sums[row] = {out * out, normed * own[3 * a.in_rows]};
+        named_barrier(1 + warp / 4, 128);
+        if (warp % 4 == 0 && lane < 2) {
+          float sum = 0.0f;
+#pragma unroll
+          for (int i = 0; i < 8; ++i) sum += reinterpret_cast<const float*>(shared.sums + 8 * octet + i)[lane];
+          store_exchanged(reinterpret_cast<float*>(a.out.sums + layer * out_octets + inner.first + octet) + lane,
+                          __float_as_uint(sum));
+        }
+        if (slot >= 0) {
+          float* to = layers[layer].ssm_state + slot * a.ssm_slot + int64_t(8 * inner.first + row) * a.state + n;
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            if (n + 64 * i < a.state) *reinterpret_cast<float4*>(to + 64 * i) = h[i];
+          }
+        }
+      }
+    }
+    __syncthreads();
+    if (fetches) {
+      if (lane == 0) {
+        wait_for(&a.out.sums[layer * out_octets].x);
+        bring_in(layer + a.stages, stage);
+      }
+      __syncwarp();
+    } else {
+      float square = 0.0f;
+      if (warp < out_slices) {
+        const int octet = 32 * warp + lane_again(), at = layer * out_octets + min(octet, out_octets - 1);
+        square = multiply_slice(a.out.values + at, a.out.sums + at, octet < out_octets, shared.planes[warp],
+                                held + out_at + warp * 32, out_octets, out_rows,
+                                shared_address(&shared.arrived[2][stage]), parity, out_partial + warp * a.out_rows);
+      }
+      if (lane == 0) shared.squares[1][warp] = square;
+    }
     wait_for_copies<0>();
     __syncthreads();
     if (has_out) {
       __syncwarp();
       residual += product(out_partial, a.out_rows, out_slices, 1, a.per_inner, a.out_eps) +
-                  of_out(layer, lane % 8)[3 * a.out_rows];
+                  params_of(layer)[out_params_at + 3 * a.out_rows + 8 * warp + lane_again() % 8];
       if (layer + 1 < a.count) publish_residual(layer + 1);
     }
+    // Reading in vain delays what the others publish.
+    if (!has_out) __nanosleep(kRestNanoseconds);
     if (++stage == a.stages) stage = 0, parity ^= 1;
   }
   if (has_out && lane < 8) a.residual[8 * (outer.first + warp) + lane] = residual;
