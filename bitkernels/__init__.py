@@ -23,6 +23,7 @@ _PUBLIC = {
     "distill_loss": "distill_loss",
     "explain": "explain",
     "gated_rms_norm": "gated_rms_norm",
+    "head_step": "head_step",
     "mamba2_in_step": "mamba2_step",
     "mamba2_mixer": "mamba2_mixer",
     "mamba2_out_step": "mamba2_step",

@@ -96,6 +96,11 @@ def dense_linear(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tens
     return y if scale is None else y * scale
 
 
+def head_step(residual: Tensor, norm_weight: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
+    """The normalised residual @ weight^T."""
+    return F.linear(F.rms_norm(residual, residual.shape[-1:], norm_weight, eps), weight)
+
+
 def sign_linear(x: Tensor, weight: Tensor, alpha: Tensor, beta: Tensor, bias: Tensor | None = None) -> Tensor:
     """FBI-Linear with the identity straight-through estimator of sign (no clipping)."""
     sign = torch.where(weight >= 0, 1.0, -1.0).to(weight.dtype)

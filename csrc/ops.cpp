@@ -101,6 +101,9 @@ STABLE_TORCH_LIBRARY(bitkernels, m) {
   m.def(
       "mamba2_stack_step_hopper(Tensor(a!) residual, Tensor?[] parameters, Tensor(b!) conv_state, "
       "Tensor(c!) ssm_state, ScalarType dtype, float in_eps, float out_eps, Tensor? state_indices) -> bool");
+  m.def("head_step(Tensor residual, Tensor norm_weight, Tensor weight, float eps=1e-05) -> Tensor");
+  // What head_step does there, and whether it could.
+  m.def("head_step_hopper(Tensor residual, Tensor norm_weight, Tensor weight, Tensor(a!) logits, float eps) -> bool");
 
   m.def(
       "causal_conv1d(Tensor x, Tensor weight, Tensor? bias=None, Tensor? initial_state=None, "

@@ -18,6 +18,7 @@ from bitkernels import (
     add_rms_norm,
     causal_conv1d_step,
     dense_linear,
+    head_step,
     mamba2_in_step,
     mamba2_mixer,
     mamba2_stack_step,
@@ -503,6 +504,9 @@ class BiMambaForCausalLM(nn.Module):
         dtype, residual = hidden.dtype, hidden.float()
         residual = self._step_layers(residual, dtype, cache, slots)
         cache.tokens += 1
+        head = self.embedding if self.head is None else self.head
+        if residual.is_cuda and isinstance(head, nn.Embedding | nn.Linear) and head.weight.dtype == dtype:
+            return head_step(residual, self.norm.weight, head.weight, self.norm.eps)
         return self.next_logits(self.norm(residual, dtype))
 
     def _step_layers(self, residual: Tensor, dtype: torch.dtype, cache: BiMambaCache, slots: Slots | None) -> Tensor:
