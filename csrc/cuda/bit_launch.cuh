@@ -87,7 +87,7 @@ void run_bit_tile(const TokenSource& s, const Weights& w, const Epilogue& e, con
   const int64_t steps = layout.chunks / kBitMmaChunks;
   const int threads = static_cast<int>(steps < 32 ? 32 * steps : 1024);
   Grid grid{dim3(static_cast<unsigned>(layout.tokens)), threads, 0, kNormedSum};
-  grid.beside_previous = true;
+  grid.beside_previous = kNormedSum;
   if constexpr (kNormedSum) {
     p.norm = step.norm;
     p.eps = step.eps;
