@@ -257,7 +257,13 @@ def test_memory_is_told_and_too_much_is_refused(model):
     assert plan_memory(BiMambaForCausalLM.on_meta(SHAPE, packed=True), 4, torch.bfloat16, 256) == plan
 
 
-@pytest.mark.parametrize("wrong", [{"state_dtype": torch.int8}, {"max_batch": 0}, {"prefill_chunk": 0}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"state_dtype": torch.int8}, {"max_batch": 0}, {"prefill_chunk": 0},
+        {"max_batch": 257, "batch_invariant": True},
+    ],
+)  # fmt: skip
 def test_bad_engine_arguments(model, wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         Engine(model, **wrong)

@@ -257,6 +257,18 @@ def test_compiled_training(device):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("M", [8, 64, 100, 128, 200, 256])
+@pytest.mark.parametrize(("N", "K"), [(2560, 5120), (6448, 1536), (1536, 3072)])
+def test_place_in_a_batch_does_not_matter(M, N, K):
+    """A batch-invariant engine relies on it: a token's bits are the same wherever in the batch it is."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device is visible")
+    x, w_packed, alpha, beta, _ = inputs(Case((M,), N, K), "cuda", torch.bfloat16)
+    y = bitkernels.packed_linear(x, w_packed, alpha, beta)
+    assert torch.equal(bitkernels.packed_linear(x.roll(M // 2 + 1, 0), w_packed, alpha, beta), y.roll(M // 2 + 1, 0))
+
+
+@pytest.mark.gpu
 def test_large_tensors_use_64_bit_addresses():
     """M * K and M * N beyond 2^31 elements: the last rows are the first ones again."""
     if not torch.cuda.is_available():
@@ -267,8 +279,9 @@ def test_large_tensors_use_64_bit_addresses():
     tall[:64] = tall[-64:] = x
     tall[64:-64] = 0
     y = bitkernels.packed_linear(tall, w_packed, alpha, beta)
-    assert torch.equal(y[:64], y[-64:])
-    assert_close("y", y[-64:], reference.packed_linear(*wide(x, w_packed, alpha, beta, None)))
+    ref = reference.packed_linear(*wide(x, w_packed, alpha, beta, None))
+    assert_close("y", y[:64], ref)
+    assert_close("y", y[-64:], ref)
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,10 @@ constexpr int kAddCost = 1800;
 constexpr int kPartialBytesPerCycle = 40;
 constexpr int kAddedBytesPerCycle = 100;
 
+// Up to so many tokens, as decode steps have, the order of a token's sums does not depend on where in the batch it is:
+// tiles are cut only where all tokens share them.
+constexpr int64_t kInvariantTokens = 256;
+
 struct PricedCut {
   Cut cut;
   int64_t cycles;  // of all rounds
@@ -103,7 +107,7 @@ Plan plan_tiles(ScalesOf scales, int64_t M, int64_t N, int64_t K, int processors
         const int64_t cycles = kStartCost + ceil_div(tiles, processors) * whole + (blocks > 1 ? kClusterCost : 0);
         if (cycles < best.cycles) best = {i, blocks, {}, cycles};
         if constexpr (Tile::kCuts) {
-          if (blocks > 1) continue;
+          if (blocks > 1 || (M > Tile::kTokens && M <= kInvariantTokens)) continue;
           const int64_t stage = Layout::kDepth * sizeof(T) / kStepBytes * step;
           const auto [cut, priced] = price_cut<Tile>(tiles, ceil_div(K, Layout::kDepth), processors, stage, rest);
           if (cut.tiles > 0 && kStartCost + priced < best.cycles) best = {i, 1, cut, kStartCost + priced};
