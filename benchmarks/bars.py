@@ -1,4 +1,4 @@
-"""Prints which bars the recorded figures of a GPU clear, and what of them does not; exit 1 where anything does not.
+"""Prints which bars the recorded figures of a GPU clear, and what of them does not; exit 1 where one is missed.
 
 python benchmarks/bars.py nvidia-h200     # reads benchmarks/results/nvidia-h200.json
 """

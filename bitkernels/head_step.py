@@ -10,8 +10,8 @@ from bitkernels import dense_linear
 def head_step(residual: Tensor, norm_weight: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
     """RMSNorm of the residual, rounded to weight's dtype, times ``weight^T``: the last norm and the head of a model.
 
-    On Hopper GPUs one token (B = 1) with a 16-bit weight is one kernel, where norm_weight is float32 and the width a
-    multiple of 8.
+    On Hopper GPUs one token (B = 1) with a dense 16-bit weight is one kernel, where norm_weight is float32 and the
+    width a multiple of 8 of at most 6424.
 
     Args:
         residual: [B, width], float32 (float64 where weight is).
@@ -48,7 +48,7 @@ def _check(residual: Tensor, norm_weight: Tensor, weight: Tensor) -> None:
 def _run(residual: Tensor, norm_weight: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
     """``bitkernels::head_step``."""
     _check(residual, norm_weight, weight)
-    if residual.is_cuda and _HAS_KERNEL:
+    if residual.is_cuda and _HAS_KERNEL and residual.shape[0] == 1 and weight.element_size() == 2:
         logits = weight.new_empty(residual.shape[0], weight.shape[0])
         if torch.ops.bitkernels.head_step_hopper(residual, norm_weight, weight, logits, eps):
             return logits

@@ -137,12 +137,13 @@ def _convolution_backward(dy, x, weight, bias, initial_state, seq_idx, cu_seqlen
 
 def _writers(device: torch.device) -> tuple[Callable, Callable]:
     """The backwards of norm and convolution that write dz and dx to where their last argument says."""
-    if device.type == "cpu":
+    if device.type != "cuda":
         return _norm_backward, _convolution_backward
+    from bitkernels.triton.arguments import on_its_device
     from bitkernels.triton.causal_conv1d import causal_conv1d_backward
     from bitkernels.triton.gated_rms_norm import gated_rms_norm_backward
 
-    return gated_rms_norm_backward, causal_conv1d_backward
+    return on_its_device(gated_rms_norm_backward), on_its_device(causal_conv1d_backward)
 
 
 @torch.library.impl("bitkernels::mamba2_mixer", "CompositeExplicitAutograd")

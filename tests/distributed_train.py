@@ -84,6 +84,17 @@ def run(config, checkpoints=None, stop=None, look=False, device="cpu", **changes
     return model, curve
 
 
+def trained_twice(look):
+    """Losses of two runs of one model, between which it is looked at."""
+    model, losses = tiny(), []
+    for _ in range(2):
+        train(model, DATA, replace(CONFIG, steps=3), on_step=lambda step: losses.append(float(step.loss)))
+        if look:
+            perplexity(model, HELD_OUT, 16)
+            assert all(p.isfinite().all() for p in model.parameters())
+    return losses
+
+
 def gathered_bytes(N, K):
     """Bytes that a process sends for one all-gather of a binary layer: its signs and scales."""
     layer = FBILinear(K, N, bias=False)
@@ -134,6 +145,7 @@ def main(folder):
     results["replicated, then sharded"] = run(RUNS["replicated"], replicated, stop=4)[1] | run(CONFIG, replicated)[1]
     model, results["ended by two"] = run(CONFIG, Checkpoints(folder / "one", every=3))
     results["looked at"] = run(CONFIG, look=True)[1]
+    results["trained twice"] = [trained_twice(look) for look in (False, True)]
     results["perplexity"] = perplexity(model, HELD_OUT, 16)
     whole = whole_model(model)
     results["whole model"] = perplexity(whole, HELD_OUT, 16)

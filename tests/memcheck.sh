@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Runs the marked GPU tests under compute-sanitizer: tests/memcheck.sh [TOOL] [short] [further arguments of pytest]
+# Runs the marked GPU tests under compute-sanitizer: tests/memcheck.sh [TOOL [short]] [further arguments of pytest]
 #   memcheck   (default) accesses outside allocations, after it has caught a planted one
 #   racecheck  accesses of shared memory that no barrier orders
-#   initcheck  reads of global memory that nobody wrote
+#   initcheck  reads of global memory that nobody wrote; also those of a flag that a cut product waits for, by design
 #   synccheck  barriers that not all threads reach
-# All are slow: with short they take a small case or two of each kind of kernel in CUDA C++ that passes data between threads.
+# All are slow: with short they take a small case or two of the products, the scan and the stack step.
 # Others by -k, one file to a process, as in
 #   tests/memcheck.sh racecheck tests/test_sign_linear.py -k "test_value_and_gradients and bfloat16"
 # The caching allocator is off, so that every tensor is an allocation of its own with nothing mapped behind it.

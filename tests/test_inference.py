@@ -257,16 +257,19 @@ def test_memory_is_told_and_too_much_is_refused(model):
     assert plan_memory(BiMambaForCausalLM.on_meta(SHAPE, packed=True), 4, torch.bfloat16, 256) == plan
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"state_dtype": torch.int8}, {"max_batch": 0}, {"prefill_chunk": 0},
-        {"max_batch": 257, "batch_invariant": True},
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("wrong", [{"state_dtype": torch.int8}, {"max_batch": 0}, {"prefill_chunk": 0}])
 def test_bad_engine_arguments(model, wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         Engine(model, **wrong)
+
+
+def test_batch_invariance_has_a_limit_on_gpus(model):
+    options = {"max_batch": 257, "batch_invariant": True}
+    if model.device.type == "cuda":
+        with pytest.raises(ValueError, match="max_batch must be at most 256 on a GPU"):
+            Engine(model, **options)
+    else:
+        assert Engine(model, **options).max_batch == 257
 
 
 def test_generate_arguments(model):

@@ -203,7 +203,7 @@ def test_same_bits_every_run(M, device):
     ("M", "N", "K", "scales"),
     [
         (128, 10576, 2560, "column"),  # fewer tiles than processors: a block helps with two
-        (300, 2000, 8000, "row"),  # three blocks help with one
+        pytest.param(300, 2000, 8000, "row", marks=pytest.mark.memcheck),  # three blocks help with one
         (1024, 10576, 2560, "single"),  # more tiles: equal shares
         (1000, 9001, 2057, "column"),
     ],
@@ -217,7 +217,7 @@ def test_tiles_cut_between_blocks(M, N, K, scales):
     if torch.cuda.get_device_properties(0).multi_processor_count == 132 and "warpgroup" in (
         plan := bitkernels.explain(M, N, K, torch.bfloat16, scales=scales, device="cuda")
     ):
-        assert "cut between all blocks" in plan
+        assert "cut between blocks" in plan
     y = bitkernels.packed_linear(*args)
     dense = bitkernels.unpack_sign(w_packed, K).double() * alpha + beta
     assert_close("y", y, F.linear(x.double(), dense, bias.double()))
@@ -257,13 +257,14 @@ def test_compiled_training(device):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("M", [8, 64, 100, 128, 200, 256])
-@pytest.mark.parametrize(("N", "K"), [(2560, 5120), (6448, 1536), (1536, 3072)])
-def test_place_in_a_batch_does_not_matter(M, N, K):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("M", [8, 32, 100, 128, 200, 256])
+@pytest.mark.parametrize(("N", "K"), [(2560, 5120), (6448, 1536), (1536, 3072), (2048, 4096)])
+def test_place_in_a_batch_does_not_matter(dtype, M, N, K):
     """A batch-invariant engine relies on it: a token's bits are the same wherever in the batch it is."""
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device is visible")
-    x, w_packed, alpha, beta, _ = inputs(Case((M,), N, K), "cuda", torch.bfloat16)
+    x, w_packed, alpha, beta, _ = inputs(Case((M,), N, K), "cuda", dtype)
     y = bitkernels.packed_linear(x, w_packed, alpha, beta)
     assert torch.equal(bitkernels.packed_linear(x.roll(M // 2 + 1, 0), w_packed, alpha, beta), y.roll(M // 2 + 1, 0))
 

@@ -266,6 +266,7 @@ def test_slots(state_dtype, index_dtype, device):
 
 
 @pytest.mark.gpu
+@pytest.mark.memcheck
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is visible")
 @pytest.mark.parametrize("state_dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("P", "N"), [(64, 128), (40, 256)])

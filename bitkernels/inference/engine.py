@@ -60,9 +60,10 @@ class Engine:
         state_dtype: float32, bfloat16 or float16; 16-bit states are rounded stochastically, by each request's seed.
         prefill_chunk: prompt tokens of a step. Bounds the memory of prompts of any length.
         batch_invariant: every step has one shape, so that a request's tokens do not depend, to the bit, on what runs
-            beside it: decoding is padded to ``max_batch``, at most 256, and prompts are read one at a time; slower.
-            Holds where each row of an operator's result depends on its row of the input alone, as for up to 256
-            rows in every operator here: sums of larger products may have an order that depends on a row's place.
+            beside it: decoding is padded to ``max_batch``, and prompts are read one at a time; slower. Holds where
+            each row of an operator's result depends on its row of the input alone, as in every operator here for up to
+            256 rows, which is as many as ``max_batch`` may be on a GPU: the order of larger products' sums may depend
+            on a row's place.
         memory_limit: bytes the whole may take, weights included; default: what is free.
         max_tokens: of a request, prompt and new ones together.
 
@@ -88,9 +89,9 @@ class Engine:
         for name, value in (("max_batch", max_batch), ("prefill_chunk", prefill_chunk), ("max_tokens", max_tokens)):
             if not 1 <= value <= _MAX_TOKENS:
                 raise ValueError(f"Engine: {name} must be in [1, {_MAX_TOKENS}], got {value}")
-        if batch_invariant and max_batch > _MAX_INVARIANT:
+        if batch_invariant and model.device.type == "cuda" and max_batch > _MAX_INVARIANT:
             raise ValueError(
-                f"Engine: max_batch must be at most {_MAX_INVARIANT} with batch_invariant=True, got {max_batch}"
+                f"Engine: max_batch must be at most {_MAX_INVARIANT} on a GPU with batch_invariant, got {max_batch}"
             )
         self.model, self.device, self.vocab_size = model, model.device, model.config.vocab_size
         self.max_batch, self.prefill_chunk, self.max_tokens = max_batch, prefill_chunk, max_tokens

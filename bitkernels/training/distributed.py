@@ -100,7 +100,8 @@ def shard_(model: BiMambaForCausalLM, signs_alone: bool = True) -> list[str]:
 
     Parameters, gradients and optimiser states are sharded in their own dtype, and products run in the autocast type.
     With ``signs_alone`` the latent weights of binary layers travel as sign bits, and blocks of such layers are gathered
-    once a step: until the backward they keep them, a bit a weight. All processes must then use the model together, also
+    once for a forward and its backward, between which they keep them, a bit a weight; one that layers share is gathered
+    again in the backward. All processes must then use the model together, also
     to evaluate it, and must hold equal weights before.
 
     Returns:
@@ -122,7 +123,8 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def reshard_(model: nn.Module) -> None:
-    """Frees what an evaluation left gathered: the next use gathers again, which a graph must do in each replay."""
+    """Frees what a forward alone left gathered: the parameters are shards again, and the next use gathers them, which a
+    graph must do in each replay."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()

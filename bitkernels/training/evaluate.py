@@ -10,6 +10,7 @@ from torch import Tensor
 
 from bitkernels.data import encode
 from bitkernels.models import BiMambaForCausalLM
+from bitkernels.training.distributed import reshard_
 
 # A word of several tokens can have a perplexity that no float holds.
 _LARGEST_LOG = 700.0
@@ -39,6 +40,7 @@ def perplexity(model: BiMambaForCausalLM, tokens: Tensor, length: int = 256, bat
         logits = model(window[:, :-1]).float()
         total += float(F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum"))
     model.train(training)
+    reshard_(model)
     return math.exp(total / predictions)
 
 

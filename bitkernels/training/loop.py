@@ -199,6 +199,7 @@ def train(
         raise ValueError("train: capture needs a GPU")
     if world_size() > 1 and not config.replicate and not is_sharded(model):
         shard_(model, config.signs_alone)
+    reshard_(model)  # of gathered weights the optimiser would have nothing to train
     optimizer = _optimizer(model, config)
     run = _description(config, windows)
     begin = checkpoints.load(run, model, optimizer) if checkpoints else 0

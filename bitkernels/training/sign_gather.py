@@ -86,6 +86,13 @@ class GatheredSigns(Tensor):
 
     __torch_function__ = torch._C._disabled_torch_function_impl
 
+    def __tensor_flatten__(self):
+        return ["words"], (self.shape[1], self.dtype)
+
+    @classmethod
+    def __tensor_unflatten__(cls, inner, meta, outer_size, outer_stride):
+        return cls(inner["words"], *meta)
+
     @classmethod
     def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
         if function is torch.ops.bitkernels.sign_linear.default:

@@ -24,8 +24,9 @@ from bitkernels.triton.mixer_arguments import (
 )
 from bitkernels.triton.ssd_states import Chunks, chunk_table
 
-# Channels of a program.
+# Channels of a program, and of one of the step.
 BLOCK_C = 256
+STEP_BLOCK_C = 128
 # Tokens of a program, and those whose loads are under way together.
 FORWARD_STRIP, FORWARD_AT_ONCE = 32, 8
 BACKWARD_STRIP, BACKWARD_AT_ONCE = 64, 4
@@ -451,10 +452,10 @@ def causal_conv1d_step(
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel() == 0:
         return y
-    causal_conv1d_step_kernel[(batch, triton.cdiv(C, BLOCK_C))](
+    causal_conv1d_step_kernel[(batch, triton.cdiv(C, STEP_BLOCK_C))](
         conv_state, x, weight, bias, y, C,
         *conv_state.stride(), *x.stride(), *weight.stride(), 0 if bias is None else bias.stride(0),
-        WIDTH=weight.shape[1], SILU=silu, BLOCK_C=BLOCK_C, num_warps=4,
+        WIDTH=weight.shape[1], SILU=silu, BLOCK_C=STEP_BLOCK_C, num_warps=4,
     )  # fmt: skip
     return y
 

@@ -15,7 +15,7 @@ struct BitClusterPlan {
   int parts_log2, stages;
   int sharers, turns;  // warps that share a step, and the tokens of each
   size_t shared_bytes;
-  int64_t cycles;  // expected, the start included
+  int64_t cycles = 0;  // expected, the start included
   bool fits = false;
 };
 

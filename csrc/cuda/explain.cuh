@@ -39,7 +39,7 @@ std::string explain_warpgroup(const TokenSource& s, const Weights& w) {
     with_tile<typename Operand::T>(plan.tile, [&](auto tile) {
       text += "tiles of " + std::to_string(tile.kRows) + " rows times " + std::to_string(tile.kTokens) + " tokens, " +
               std::to_string(plan.blocks) + " block(s) to a tile";
-      if (plan.cut.tiles) text += "; the last " + std::to_string(plan.cut.tiles) + " are cut between all blocks";
+      if (plan.cut.tiles) text += "; the last " + std::to_string(plan.cut.tiles) + " are cut between blocks";
     });
   });
   if (F::kInteger) return text + "; activations are quantised by a kernel before";

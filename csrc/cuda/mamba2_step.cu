@@ -1,5 +1,7 @@
 // What lies on either side of the state in a decode step of the Mamba-2 block. A few tokens take one kernel on Hopper;
 // elsewhere the parts run one after the other.
+#include <algorithm>
+
 #include "bit_launch.cuh"
 #include "mixer_kernels.h"
 #include "reduce.cuh"
@@ -241,12 +243,12 @@ bool run_fused_step(const Scales& all, const Weights& w, const StepOperands<kSte
   constexpr int64_t kMost = kMostFusedTokens<SignF16, T>;
   const int64_t M = all.source.M, N = all.epilogue.columns;
   if (M > kMostTokens) return false;
-  // The largest batch first: if it fits, the others do.
   for (int64_t m = 0; m < M; m += kMost) {
     Scales s = all;
     s.source.M = M - m < kMost ? M - m : kMost;
     s.source.x = static_cast<const X*>(all.source.x) + m * all.source.K;
-    const bool done = with_fused_plan<kStep, T>(s, w, o, s.source.M, [&](auto columns, const FusedPlan& plan) {
+    // One plan for all: the order of a token's sums must not depend on its place.
+    const bool done = with_fused_plan<kStep, T>(s, w, o, std::min(M, kMost), [&](auto columns, const FusedPlan& plan) {
       FusedArgs args = fused_args(s.source, w, s.epilogue, plan);
       args.norm = o.norm;
       args.eps = o.eps;

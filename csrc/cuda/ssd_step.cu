@@ -372,7 +372,9 @@ __device__ void step(const StepArgs& args) {
   float out = fmaf(own_D, from_bits(kTypeOf<T>, own_x), sum_of_lane<L::kOfRow>(sum));
   if (from.z) out *= silu(to_float(own_z));
   if (stores) static_cast<T*>(p.y)[int64_t(at.head_of_batch) * P + own] = from_float<T>(out);
-  if (kTile && threadIdx.x == 0) wait_for_stores_to_read();
+  if constexpr (kTile) {
+    if (threadIdx.x == 0) wait_for_stores_to_read();
+  }
 }
 
 // Of a processor, by the registers that eight neighbours of B and C, or random bits, take.

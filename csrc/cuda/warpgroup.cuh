@@ -217,13 +217,16 @@ __device__ void consume(const CUtensorMap& output, const WarpgroupProblem& p, Sh
 #pragma unroll
       for (int i = 0; i < Tile::kBlocksOfEight; ++i) {
         if (owner_of(i) != part) continue;
+        // In the order of the parts, whoever adds, so that a token's bits do not depend on its place. Its own part waits
+        // where the first was.
 #pragma unroll 1
-        for (int from = 0; from < all; ++from) {
-          if (from == part) continue;
+        for (int from = part == 0 ? 1 : 0; from < all; ++from) {
+          const SharedAddress at = place(split, i, from == part ? 0 : from, part);
           Accumulator v[4];
-          load_sums(place(split, i, from, part), v);
+          load_sums(at, v);
+          if (from == 0) store_sums(at, sums[4 * i], sums[4 * i + 1], sums[4 * i + 2], sums[4 * i + 3]);
 #pragma unroll
-          for (int c = 0; c < 4; ++c) sums[4 * i + c] += v[c];
+          for (int c = 0; c < 4; ++c) sums[4 * i + c] = from == 0 ? v[c] : sums[4 * i + c] + v[c];
         }
       }
     }

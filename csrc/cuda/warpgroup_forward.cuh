@@ -121,8 +121,7 @@ auto with_operand(DType dtype, bool by_column, Function&& f) {
   return dtype == DType::kBFloat16 ? with_type(bf16()) : with_type(fp16());
 }
 
-// What a call is expected to take, in processor cycles, the launches included: tiles of int8 decode twice as many
-// columns in a step, and quantise first.
+// What a call is expected to take, in processor cycles, the launches included; int8 activations are quantised first.
 template <typename F>
 int64_t warpgroup_cycles(DType dtype, bool by_column, int64_t M, int64_t N, int64_t K) {
   constexpr int kLaunchCycles = 3000;

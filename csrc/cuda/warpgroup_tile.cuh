@@ -96,7 +96,6 @@ struct WarpgroupTile {
   static constexpr int kPartialBlock = kRowGroups * kFragmentBytes;
   static constexpr int kPartialBytes = kBlocksOfEight * kPartialBlock;
   static constexpr int kBlocksOfStage = std::min(kBlocksOfEight, kActivationBytes / kPartialBlock);
-  static constexpr int kPartialStages = (kBlocksOfEight + kBlocksOfStage - 1) / kBlocksOfStage;
 };
 
 template <class F, class Tile>
