@@ -217,8 +217,8 @@ __device__ void consume(const CUtensorMap& output, const WarpgroupProblem& p, Sh
 #pragma unroll
       for (int i = 0; i < Tile::kBlocksOfEight; ++i) {
         if (owner_of(i) != part) continue;
-        // In the order of the parts, whoever adds, so that a token's bits do not depend on its place. Its own part waits
-        // where the first was.
+        // In the order of the parts, whoever adds, so that a token's bits do not depend on its place. Its own part
+        // waits where the first was.
 #pragma unroll 1
         for (int from = part == 0 ? 1 : 0; from < all; ++from) {
           const SharedAddress at = place(split, i, from == part ? 0 : from, part);
