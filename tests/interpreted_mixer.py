@@ -126,14 +126,12 @@ def test_scan_two_blocks_a_chunk(monkeypatch):
     check_scan(ALL, B=1, H=2, G=1)
 
 
-@pytest.mark.parametrize("cu_seqlens", [None, CU_SEQLENS], ids=["rows", "cu_seqlens"])
-def test_scan_part_by_part(cu_seqlens, monkeypatch):
+@pytest.mark.parametrize(("chunks", "cu_seqlens"), [(1, CU_SEQLENS), (3, None)], ids=["cu_seqlens", "rows"])
+def test_scan_part_by_part(chunks, cu_seqlens, monkeypatch):
     """The states of a chunk at a time, and of three."""
     monkeypatch.setattr(ssd_states, "SLOTS", 1024)
-    for length in (1, 3):
-        PLANS.clear()
-        monkeypatch.setattr(ssd_scan_backward, "STATE_BYTES", length * 2 * 2 * 20 * 24 * 4)
-        check_scan(ALL, B=1 if cu_seqlens else 2, T=69, H=2, G=1, cu_seqlens=cu_seqlens)
+    monkeypatch.setattr(ssd_scan_backward, "STATE_BYTES", chunks * 2 * 2 * 20 * 24 * 4)
+    check_scan(ALL, B=1 if cu_seqlens else 2, T=69, H=2, G=1, cu_seqlens=cu_seqlens)
 
 
 def test_scan_strong_and_weak_decay():

@@ -241,7 +241,7 @@ def causal_conv1d_backward_kernel(
         gradients = gradients + (zero,)
         dweight = dweight + (zero,)
     dbias = zero
-    for i_step in range(0, tl.cdiv(STRIP + WIDTH - 1, AT_ONCE)):
+    for i_step in range(0, tl.cdiv(tl.minimum(high, STRIP) + WIDTH - 1, AT_ONCE)):
         # Loads of some tokens are on their way before the first of them is needed.
         read_x, read_dy, read_segment = (), (), ()
         for i in tl.static_range(0, AT_ONCE):
