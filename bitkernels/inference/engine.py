@@ -1,6 +1,7 @@
 """The serving loop: requests join and leave a running batch, each with a state of constant size."""
 
 import gc
+import heapq
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from torch import Tensor
 from bitkernels.inference.memory import check_memory, plan_memory
 from bitkernels.inference.sampling import MODES, Mode, Sampler, SamplingParams
 from bitkernels.models import BiMambaForCausalLM
-from bitkernels.models.bimamba import Packed, Slots, to_device
+from bitkernels.models.bimamba import Packed, Slots, consecutive, to_device
 
 _STATE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Positions are counters of 32 bits.
@@ -102,7 +103,8 @@ class Engine:
         self._cache = model.new_cache(max_batch, state_dtype, padding=True)
         self._sampler = Sampler(max_batch, self.vocab_size, self.device)
         self._stochastic = state_dtype != torch.float32
-        self._free = list(reversed(range(max_batch)))
+        # A heap: of the lowest slots, those of a batch follow each other whenever they can.
+        self._free = list(range(max_batch))
         self._waiting: deque[Request] = deque()  # the first may have been read in part
         self._running: list[Request] = []
         self._drawn: deque[_Drawn] = deque()
@@ -156,7 +158,7 @@ class Engine:
             for request in (*self._running, *read, *awaited):
                 self._finish(request, "error", error)
             self._drawn.clear()
-            self._free = list(reversed(range(self.max_batch)))
+            self._free = list(range(self.max_batch))
             raise
 
     def stream(self, request: Request) -> Iterator[int]:
@@ -177,11 +179,13 @@ class Engine:
 
     def _prefill(self) -> None:
         pieces: list[tuple[Request, Tensor]] = []
+        starting: list[Request] = []
         budget = self.prefill_chunk
         while budget and self._waiting and (self._waiting[0].slot is not None or self._free):
             request = self._waiting[0]
             if request.slot is None:
-                self._join(request)
+                request.slot = heapq.heappop(self._free)
+                starting.append(request)
             piece = request.prompt[request.read : request.read + budget]
             pieces.append((request, piece))
             request.read += piece.numel()
@@ -192,6 +196,10 @@ class Engine:
                 break
         if not pieces:
             return
+        if starting:
+            slots = [request.slot for request in starting]
+            slots = consecutive(slots) or slots
+            self._cache.conv[:, slots], self._cache.ssm[:, slots] = 0, 0
         packed = Packed.of(
             [piece.numel() for _, piece in pieces],
             [request.slot for request, _ in pieces],
@@ -200,17 +208,18 @@ class Engine:
         )
         ids = to_device(torch.cat([piece for _, piece in pieces]), self.device)
         logits = self.model.prefill_packed(ids, packed, self._cache)
+        # What the host does for them now, a GPU does not wait for.
+        for request in starting:
+            self._join(request)
         # Only the last prompt of a chunk can be unfinished.
         if done := [request for request, _ in pieces if request.read == request.prompt.numel()]:
             tokens = self._sampler.sample(logits[: len(done)], packed.slots[: len(done)], _mode(done))
             self._launched(done, tokens)
 
     def _join(self, request: Request) -> None:
-        request.slot = slot = self._free.pop()
-        self._cache.conv[:, slot], self._cache.ssm[:, slot] = 0, 0
         seed = request.params.seed
         seed = int(torch.randint(2**63 - 1, ())) if seed is None else seed
-        self._sampler.join(slot, request.params, seed, request.prompt)
+        self._sampler.join(request.slot, request.params, seed, request.prompt)
 
     def _decode(self) -> None:
         if not self._running:
@@ -275,7 +284,7 @@ class Engine:
             if request in queue:
                 queue.remove(request)
         if request.slot is not None:
-            self._free.append(request.slot)
+            heapq.heappush(self._free, request.slot)
             request.slot = None
 
 

@@ -96,10 +96,8 @@ class Packed(NamedTuple):
     @classmethod
     def of(cls, lengths: Sequence[int], slots: Sequence[int], d_conv: int, device: torch.device) -> "Packed":
         """Pieces of ``lengths`` tokens each."""
-        first, count = slots[0], len(slots)
-        consecutive = list(slots) == list(range(first, first + count))
         indices = to_device(torch.tensor(slots), device)
-        states = slice(first, first + count) if consecutive else indices
+        states = consecutive(slots) or indices
         if len(set(lengths)) == 1:
             return cls(indices, states)
         counts, width = torch.tensor(lengths), d_conv - 1
@@ -143,6 +141,12 @@ def store(states: Tensor, where: Tensor | slice, new: Tensor) -> None:
         states[where].copy_(new)  # casts as it copies
     else:
         states[where] = new.to(states.dtype)
+
+
+def consecutive(slots: Sequence[int]) -> slice | None:
+    """Slots that follow each other as a slice, by which indexing makes a view."""
+    whole = slice(slots[0], slots[0] + len(slots))
+    return whole if list(slots) == list(range(whole.start, whole.stop)) else None
 
 
 def to_device(host: Tensor, device: torch.device) -> Tensor:
