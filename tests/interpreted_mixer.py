@@ -88,26 +88,29 @@ def chunking(request, monkeypatch):
 @pytest.mark.parametrize(
     "case",
     [
-        {},
         {"given": ALL},
         {"given": ALL | {"D2"}, "seq_idx": SEQ_IDX},
         {"given": ALL, "B": 1, "T": 69, "cu_seqlens": CU_SEQLENS},
     ],
-    ids=["plain", "all", "seq_idx", "cu_seqlens"],
+    ids=["all", "seq_idx", "cu_seqlens"],
 )
 def test_scan(case):
     check_scan(**case)
 
 
+def test_scan_of_what_must_be_given():
+    check_scan(B=1, H=2)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_scan_16bit(dtype):
-    check_scan(ALL, dtype, T=130, B=1)
+    check_scan(ALL, dtype, T=70, B=1)
 
 
 @pytest.mark.parametrize(
     "case",
     [
-        {"T": 1},
+        {"T": 1, "H": 2, "B": 1},
         {"P": 72, "N": 136, "T": 33, "H": 2, "G": 1, "B": 1},
         {"P": 3, "N": 5, "H": 3, "G": 1, "B": 1},
         {"limits": (0.1, 0.8), "H": 2, "B": 1},
@@ -200,7 +203,7 @@ CONV_CASES = {
     "linear": {"given": {"bias"}, "silu": False, "width": 3},
     "one token": {"given": {"bias", "initial_state"}, "T": 1},
     "one tap": {"given": {"initial_state"}, "width": 1},
-    "many channels": {"channels": 130, "T": 5},
+    "many channels": {"channels": 260, "T": 5},
     "bf16": {"given": {"bias", "initial_state"}, "dtype": torch.bfloat16},
 }
 
@@ -223,14 +226,11 @@ def test_conv(case):
     dy = torch.randn(2, channels, T).to(dtype).mT
     y_ref.backward(dy.double())
     wider = torch.full((2, T, channels + 9), 7.0, dtype=dtype)
-    expected = conv.causal_conv1d_backward(dy, *tensors, seq_idx, None, silu)[0]
+    grads = conv.causal_conv1d_backward(dy, *tensors, seq_idx, None, silu)
     conv.causal_conv1d_backward(dy, *tensors, seq_idx, None, silu, wider[..., 4:-5])
-    assert torch.equal(wider[..., 4:-5], expected)
+    assert torch.equal(wider[..., 4:-5], grads[0])
     assert (torch.cat([wider[..., :4], wider[..., -5:]], -1) == 7).all()
-    for name, t, leaf, grad in zip(
-        ("x", "weight", "bias", "initial_state"), tensors, leaves,
-        conv.causal_conv1d_backward(dy, *tensors, seq_idx, None, silu), strict=True,
-    ):  # fmt: skip
+    for name, t, leaf, grad in zip(("x", "weight", "bias", "initial_state"), tensors, leaves, grads, strict=True):
         if t is None:
             assert grad.numel() == 0
         else:
@@ -242,9 +242,9 @@ def test_mixer_gradients_lie_side_by_side(monkeypatch):
     monkeypatch.setattr(
         mamba2_mixer, "_writers", lambda device: (norm.gated_rms_norm_backward, conv.causal_conv1d_backward)
     )
-    B, T, H, P, N = 2, 40, 2, 16, 16
+    B, T, H, P, N = 2, 20, 2, 16, 16
     width, channels = H * P, H * P + 2 * N
-    seq_idx = torch.tensor([[0] * 10 + [1] * 30, [0] * 40], dtype=torch.int32)
+    seq_idx = torch.tensor([[0] * 10 + [1] * 10, [0] * 20], dtype=torch.int32)
     leaves = [
         torch.randn(shape, requires_grad=True)
         for shape in ((B, T, width + channels + H), (channels, 4), (channels,), (H,), (H,), (H,), (width,))
@@ -274,10 +274,9 @@ def test_conv_step(width, silu):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(
-    ("shape", "group_size"), [((2, 3, 20), None), ((7, 48), 12), ((600, 4), None), ((1, 9000), None)]
-)
-def test_norm(shape, group_size, dtype):
+@pytest.mark.parametrize(("shape", "group_size"), [((2, 3, 20), None), ((7, 48), 12), ((1, 9000), None)])
+def test_norm(shape, group_size, dtype, monkeypatch):
+    monkeypatch.setattr(norm, "STRIPS", 4)  # fewer than rows
     x, z = (torch.randn(*shape, 2).to(dtype)[..., i] for i in range(2))
     weight = torch.randn(shape[-1])
     leaves = [t.double().requires_grad_() for t in (x, z, weight)]
