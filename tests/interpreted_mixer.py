@@ -196,10 +196,11 @@ def test_step_rounds_stochastically(state_dtype, N, scale):
     assert not y[1].any()
 
 
+CONV_SEQ_IDX = [[0] * 5 + [1] * 9 + [0] + [2] * 5, [5] * 16 + [6] * 4]
 CONV_CASES = {
     "plain": {},
     "all": {"given": {"bias", "initial_state"}},
-    "seq_idx": {"given": {"bias", "initial_state"}, "seq_idx": SEQ_IDX},
+    "seq_idx": {"given": {"bias", "initial_state"}, "seq_idx": CONV_SEQ_IDX},
     "linear": {"given": {"bias"}, "silu": False, "width": 3},
     "one token": {"given": {"bias", "initial_state"}, "T": 1},
     "one tap": {"given": {"initial_state"}, "width": 1},
@@ -210,7 +211,7 @@ CONV_CASES = {
 
 @pytest.mark.parametrize("case", CONV_CASES.values(), ids=CONV_CASES)
 def test_conv(case):
-    given, dtype, T = case.get("given", ()), case.get("dtype", torch.float32), case.get("T", 50)
+    given, dtype, T = case.get("given", ()), case.get("dtype", torch.float32), case.get("T", 20)
     channels, width, silu = case.get("channels", 12), case.get("width", 4), case.get("silu", True)
     seq_idx = torch.tensor(case["seq_idx"]) if "seq_idx" in case else None
     x = torch.randn(2, T, channels + 7).to(dtype)[..., 3:-4]
