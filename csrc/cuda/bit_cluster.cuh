@@ -8,6 +8,11 @@
 // What such a call takes is one latency after the other, so each is kept short: activations and scales go from memory
 // to registers and stay there until they are bits; all warps ask for weights; what follows a wait is computed before
 // it; and what the outputs need last, the sums of shifted activations, is added up by warps that have no products.
+//
+// In a step of the Mamba-2 block an RMSNorm goes before. Its weight is one more scale of the activations, its divisor a
+// factor of the sums: squares are summed where shifted activations are. The kernel may start while the one before it
+// runs, but for want of room most blocks start when that has ended, so nothing is done before activations are asked
+// for.
 #pragma once
 
 #include <cfloat>
@@ -15,6 +20,7 @@
 #include "bit_mma.cuh"
 #include "bit_planes.cuh"
 #include "cluster.cuh"
+#include "conv_step.cuh"
 #include "epilogue.cuh"
 #include "reduce.cuh"
 #include "weights.cuh"
@@ -50,22 +56,24 @@ struct BitClusterArgs {
   int8_t stages;
   int8_t parts_log2;
   Epilogue e;
+  StepOperands step;
 };
 
 // Where things lie in shared memory, in bytes. kColumns: planes of all tokens.
-template <typename F, typename T, int kColumns>
+template <typename F, typename T, int kColumns, BlockStep kStep>
 struct BitClusterLayout {
   using Format = FusedFormat<F, T>;
   static constexpr int kTokens = kColumns / Format::kPlanes;
-  static constexpr int kPerStep = 32 * Format::kPerLane;      // activations
-  static constexpr int kPlanePitch = kColumns * kChunkBytes;  // from chunk to chunk
+  static constexpr int kPerStep = 32 * Format::kPerLane;           // activations
+  static constexpr int kPlanePitch = kColumns * kChunkBytes;       // from chunk to chunk
+  static constexpr int kSums = kStep == BlockStep::kNone ? 1 : 2;  // of a token: shifted activations, squares
   int planes, most, plain, partial, bytes;
 
   __host__ __device__ explicit BitClusterLayout(const BitClusterArgs& a) {
     planes = a.stages * kClusterStageBytes;
     most = planes + a.steps * kBitMmaChunks * kPlanePitch;
     plain = most + a.steps * kTokens * 4;
-    partial = (plain + a.steps * kTokens * 4 + 15) / 16 * 16;
+    partial = (plain + a.steps * kSums * kTokens * 4 + 15) / 16 * 16;
     bytes = partial + a.tiles_of_cluster * kBitMmaRows * kTokens * 4;
   }
 };
@@ -93,17 +101,21 @@ __device__ float sum_each(const float (&v)[kCount]) {
 #endif
 
 // kTurns: the most tokens that a warp prepares.
-template <typename F, typename T, int kColumns, int kTurns>
+template <typename F, typename T, int kColumns, int kTurns, BlockStep kStep = BlockStep::kNone>
 __global__ void __launch_bounds__(kClusterThreads, 1) bit_cluster_kernel(const __grid_constant__ BitClusterArgs args) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using Format = FusedFormat<F, T>;
-  using Layout = BitClusterLayout<F, T, kColumns>;
+  using Layout = BitClusterLayout<F, T, kColumns, kStep>;
+  using X = std::conditional_t<kStep == BlockStep::kIn, float, T>;
+  constexpr bool kNorm = kStep != BlockStep::kNone;
+  constexpr int kSums = Layout::kSums;
   constexpr int kLimbs = Format::kLimbs;
   constexpr int kPerLane = Format::kPerLane;
   constexpr int kTokens = Layout::kTokens;
   constexpr int kPlanePitch = Layout::kPlanePitch;
-  constexpr int kSent = kTokens > 1 ? kTokens / 2 : 1;  // sums of a lane
-  constexpr int kRunsLog2 = kTokens > 1;                // outputs of a row, kSent each
+  constexpr int kSent = kTokens > 1 ? kTokens / 2 : 1;               // sums of a lane
+  constexpr int kRunsLog2 = (kTokens > 1) + (kNorm && kTokens > 4);  // outputs of a row
+  constexpr int kSpan = kTokens >> kRunsLog2;                        // tokens of each
   constexpr int kSummed = kTurns == 3 ? 4 : kTurns;
   constexpr int kWorkers = 32 * kClusterWarps;
   constexpr bool kSigns = F::kPerWord == kSignsPerWord;
@@ -111,7 +123,7 @@ __global__ void __launch_bounds__(kClusterThreads, 1) bit_cluster_kernel(const _
   __shared__ uint64_t full[kMostClusterStages], empty[kMostClusterStages], arrived, measured, shifted;
   __shared__ float unit_of_token[kTokens];
   __shared__ int sum_of_token[kTokens * kLimbs];
-  __shared__ alignas(16) float plain_of_part[kMostParts][kTokens];
+  __shared__ alignas(16) float plain_of_part[kSums][kMostParts][kTokens];
   __shared__ uint32_t most_of_part[F::kInteger ? kMostParts : 1][kTokens];
   if (threadIdx.x == kWorkers) prefetch_map(&args.weights);
 
@@ -124,20 +136,25 @@ __global__ void __launch_bounds__(kClusterThreads, 1) bit_cluster_kernel(const _
   const int sharer = place * args.steps_inverse >> 16;
   const int step = place - sharer * args.steps;
   const bool prepares = place >= 0 && sharer < args.sharers;
-  Run<kPerLane, T> x[kTurns];
-  Run<kPerLane, float> scale, shift;
+  Run<kPerLane, X> x[kTurns];
+  Run<kPerLane, float> scale, shift, norm;
+  if constexpr (kNorm) {
+    let_next_kernel_start();
+    wait_for_previous_kernel();
+  }
   if (prepares) {
     const int k = rank * args.part + step * Layout::kPerStep + lane * kPerLane;
     const int end = min(args.K, (rank + 1) * args.part);
 #pragma unroll
     for (int j = 0; j < kTurns; ++j) {
       const int m = sharer + j * args.sharers;
-      x[j].template load<true>(static_cast<const T*>(args.x) + int64_t(m) * args.K, k, m < tokens ? end : 0);
+      x[j].template load<true>(static_cast<const X*>(args.x) + int64_t(m) * args.K, k, m < tokens ? end : 0);
     }
     if constexpr (kSigns) {
       scale.load_or_one(args.scale, k, end);
       shift.load_or_one(args.shift, k, end);
     }
+    if constexpr (kNorm) norm.template load<true>(args.step.norm, k, end);
   }
 
   const int parts_log2 = args.parts_log2;
@@ -177,7 +194,7 @@ __global__ void __launch_bounds__(kClusterThreads, 1) bit_cluster_kernel(const _
       barrier_init_fence();
       if (parts > 1) {
         const int sums = tiles * (kBitMmaRows >> parts_log2) * kTokens;
-        barrier_arrive_expecting(shared_address(&arrived), ((sums + (kSigns ? tokens : 0)) << parts_log2) * 4);
+        barrier_arrive_expecting(shared_address(&arrived), ((sums + (kSigns ? kSums * tokens : 0)) << parts_log2) * 4);
         if (F::kInteger) barrier_arrive_expecting(shared_address(&measured), (tokens << parts_log2) * 4);
       }
     }
@@ -198,6 +215,16 @@ __global__ void __launch_bounds__(kClusterThreads, 1) bit_cluster_kernel(const _
   if (parts > 1) arrive_at_cluster();
 
   if (warp == kClusterWarps) {
+    if constexpr (kStep == BlockStep::kIn) {
+      // What the convolution reads, of four columns of the block's share of each tile and token.
+      const int between = ((kBitMmaRows >> parts_log2) - 1) / 3;
+#pragma unroll 1
+      for (int i = lane; i < 4 * tiles * tokens; i += 32) {
+        const int tile = i / (4 * tokens);
+        const int row_of_tile = (rank * kBitMmaRows >> parts_log2) + i % 4 * between;
+        prefetch_conv(args.step.conv, i / 4 - tile * tokens, int64_t(first_tile + tile) * args.tile_rows + row_of_tile);
+      }
+    }
     if (lane == 0) {
       Box box = box_at(stages);
       int stage = 0, parity = 0;
@@ -216,6 +243,10 @@ __global__ void __launch_bounds__(kClusterThreads, 1) bit_cluster_kernel(const _
           }
         }
       }
+      // Until the products are done: what is still to be asked for then would hold up the end of this kernel.
+      if constexpr (kStep == BlockStep::kIn) {
+        prefetch_ahead(args.step.states, [&] { return parts > 1 && barrier_passed(shared_address(&arrived), 0); });
+      }
     }
     __syncwarp();
     if (parts > 1) wait_for_arrivals();
@@ -233,12 +264,15 @@ __global__ void __launch_bounds__(kClusterThreads, 1) bit_cluster_kernel(const _
   float* sent_to =
       reinterpret_cast<float*>(data + at.partial) + ((rank << rows_log2) + (row & rows_mask)) * kTokens + first_sent;
   const int outputs = tiles << (rows_log2 + kRunsLog2);
+  using Out = std::conditional_t<kStep == BlockStep::kOut, float, T>;
   struct Output {
     SharedAddress from;
+    int n;      // column
     int first;  // token
     int count;  // of tokens; 0: none
     Column column;
-    T* to;
+    Out* to;
+    float residual[kSpan];
   };
   const auto output_at = [&](int i) {
     const int r = i & rows_mask;
@@ -246,18 +280,24 @@ __global__ void __launch_bounds__(kClusterThreads, 1) bit_cluster_kernel(const _
     const int row_of_tile = (rank << rows_log2) + r;
     const int64_t n = int64_t(first_tile + tile) * args.tile_rows + row_of_tile;
     Output o;
-    o.first = (i >> rows_log2) % (1 << kRunsLog2) * kSent;
+    o.n = static_cast<int>(n);
+    o.first = (i >> rows_log2) % (1 << kRunsLog2) * kSpan;
     o.from = here + at.partial + (((tile << 6) + r) * kTokens + o.first) * 4;
-    o.to = static_cast<T*>(args.e.out) + o.first * args.e.columns + n;
+    o.to = (kStep == BlockStep::kOut ? reinterpret_cast<Out*>(args.step.residual) : static_cast<Out*>(args.e.out)) +
+           o.first * args.e.columns + n;
     o.count = i < outputs && row_of_tile < args.tile_rows && n < args.e.columns ? tokens - o.first : 0;
     o.column = o.count > 0 ? column_of(args.e, n) : Column{};
+#pragma unroll
+    for (int j = 0; j < kSpan; ++j) {
+      if constexpr (kStep == BlockStep::kOut) o.residual[j] = j < o.count ? o.to[j * args.e.columns] : 0.0f;
+    }
     return o;
   };
   Output output = output_at(threadIdx.x);
   if (parts > 1) wait_for_arrivals();
 
   uint32_t* most_of_steps = reinterpret_cast<uint32_t*>(data + at.most);  // [step][token]
-  float v[kTurns][kPerLane], plain[kSummed] = {};
+  float v[kTurns][kPerLane], plain[kSums * kSummed] = {};
   if (prepares) {
 #pragma unroll
     for (int j = 0; j < kTurns; ++j) {
@@ -266,6 +306,10 @@ __global__ void __launch_bounds__(kClusterThreads, 1) bit_cluster_kernel(const _
 #pragma unroll
       for (int i = 0; i < kPerLane; ++i) {
         v[j][i] = x[j][i];
+        if constexpr (kNorm) {
+          plain[kSummed + j] = fmaf(v[j][i], v[j][i], plain[kSummed + j]);
+          v[j][i] *= norm[i];
+        }
         if constexpr (kSigns) {
           plain[j] = fmaf(v[j][i], shift[i], plain[j]);
           v[j][i] *= scale[i];
@@ -355,24 +399,26 @@ __global__ void __launch_bounds__(kClusterThreads, 1) bit_cluster_kernel(const _
   // What only outputs want is added up while weights are still to come, or beside the products.
   const auto add_plain = [&] {
     if (!kSigns || !prepares) return;
-    float* plain_of_steps = reinterpret_cast<float*>(data + at.plain);  // [step][token]
-    constexpr int kSharing = 32 / kSummed;                              // lanes that have the same sum
+    float* plain_of_steps = reinterpret_cast<float*>(data + at.plain);  // [step][sum][token]
+    constexpr int kSharing = 32 / (kSums * kSummed);                    // lanes that have the same sum
     const float sum = sum_each(plain);
-    const int m = sharer + lane / kSharing * args.sharers;
-    if (lane % kSharing == 0 && m < tokens) plain_of_steps[step * kTokens + m] = sum;
+    const int i_sum = lane / kSharing;
+    const int m = sharer + i_sum % kSummed * args.sharers;
+    if (lane % kSharing == 0 && m < tokens) plain_of_steps[(step * kSums + i_sum / kSummed) * kTokens + m] = sum;
     __syncwarp();
     if (lane == 0) barrier_arrive(shared_address(&shifted));
     // The last warp tells every block of the cluster.
     if (place > 0) return;
     barrier_wait(shared_address(&shifted), 0);
 #pragma unroll 1
-    for (int i = lane; i < tokens << parts_log2; i += 32) {
-      const int of = i >> parts_log2;
+    for (int i = lane; i < kSums * tokens << parts_log2; i += 32) {
+      const int i_sum = (i >> parts_log2) % kSums;
+      const int of = (i >> parts_log2) / kSums;
       float total = 0.0f;
 #pragma unroll 1
-      for (int s = 0; s < args.steps; ++s) total += plain_of_steps[s * kTokens + of];
+      for (int s = 0; s < args.steps; ++s) total += plain_of_steps[(s * kSums + i_sum) * kTokens + of];
       const uint32_t bits[1] = {__float_as_uint(total)};
-      send(reinterpret_cast<uint32_t*>(&plain_of_part[rank][of]), &arrived, i & (parts - 1), parts, bits);
+      send(reinterpret_cast<uint32_t*>(&plain_of_part[i_sum][rank][of]), &arrived, i & (parts - 1), parts, bits);
     }
     __syncwarp();
   };
@@ -445,6 +491,9 @@ __global__ void __launch_bounds__(kClusterThreads, 1) bit_cluster_kernel(const _
       send(reinterpret_cast<uint32_t*>(sent_to + (tile << 6) * kTokens), &arrived, row >> rows_log2, parts, values);
     }
   }
+  // From L2, as sums are on their way: before, its registers were taken.
+  ConvTokens<kSpan> conv;
+  if constexpr (kStep == BlockStep::kIn) conv.load(args.step.conv, output.first, output.count, output.n);
   if (parts == 1) {
     named_barrier(1, kWorkers);
   } else {
@@ -453,34 +502,54 @@ __global__ void __launch_bounds__(kClusterThreads, 1) bit_cluster_kernel(const _
 
 #pragma unroll 1
   for (int i = threadIdx.x; i < outputs;) {
-    float sum[kSent] = {}, plain_sum[kSent] = {};
-    int integer_sum[kSent] = {};
+    float sum[kSpan] = {}, of_token[kSums][kSpan] = {};
+    int integer_sum[kSpan] = {};
 #pragma unroll 1
     for (int p = 0; p < parts; ++p) {
-      uint32_t words[kSent], plain_words[kSent];
+      uint32_t words[kSpan];
       load_words(output.from, words);
       output.from += kTokens << (rows_log2 + 2);
-      if constexpr (kSigns) load_words(shared_address(&plain_of_part[p][output.first]), plain_words);
 #pragma unroll
-      for (int j = 0; j < kSent; ++j) {
+      for (int j = 0; j < kSpan; ++j) {
         if constexpr (F::kInteger) integer_sum[j] += static_cast<int>(words[j]);
         sum[j] += __uint_as_float(words[j]);
-        if constexpr (kSigns) plain_sum[j] += __uint_as_float(plain_words[j]);
+      }
+#pragma unroll
+      for (int s = 0; kSigns && s < kSums; ++s) {
+        load_words(shared_address(&plain_of_part[s][p][output.first]), words);
+#pragma unroll
+        for (int j = 0; j < kSpan; ++j) of_token[s][j] += __uint_as_float(words[j]);
       }
     }
 #pragma unroll
-    for (int j = 0; j < kSent; ++j) {
+    for (int j = 0; j < kSpan; ++j) {
       if (j >= output.count) break;
       float y;
       if constexpr (F::kInteger) {
         y = finish(args.e, Token{unit_of_token[output.first + j], 0.0f, 0.0f}, output.column, integer_sum[j]);
       } else {
-        y = finish(args.e, Token{1.0f, 0.0f, plain_sum[j]}, output.column, sum[j]);
+        if constexpr (kNorm) {
+          const float inverse = rsqrtf(__fdividef(of_token[1][j], static_cast<float>(args.K)) + args.step.eps);
+          sum[j] *= inverse;
+          of_token[0][j] *= inverse;
+        }
+        y = finish(args.e, Token{1.0f, 0.0f, of_token[0][j]}, output.column, sum[j]);
       }
-      output.to[j * args.e.columns] = from_float<T>(y);
+      if constexpr (kStep == BlockStep::kOut) {
+        output.to[j * args.e.columns] = output.residual[j] + y;
+      } else {
+        T out = from_float<T>(y);
+        if constexpr (kStep == BlockStep::kIn) {
+          if (conv.channel) out = from_float<T>(conv.step(args.step.conv, j, to_float(out)));
+        }
+        output.to[j * args.e.columns] = out;
+      }
     }
     i += kWorkers;
-    if (i < outputs) output = output_at(i);
+    if (i < outputs) {
+      output = output_at(i);
+      if constexpr (kStep == BlockStep::kIn) conv.load(args.step.conv, output.first, output.count, output.n);
+    }
   }
 #endif
 }

@@ -45,6 +45,7 @@ constexpr int64_t kClusterStartCycles = 5400;
 constexpr int64_t kTurnCycles = 750;
 constexpr int64_t kPartsCycles = 180;
 constexpr int64_t kColumnCycles = 7;
+constexpr int64_t kResidualBytesPerCycle = 18;  // which all blocks read at once
 
 // Tokens of a warp beyond which preparing in every block takes longer than a launch that prepares once.
 template <int kTokens>
@@ -64,9 +65,10 @@ void with_turns(int turns, Function&& f) {
 
 // Parts are whole vectors, no more steps than there are warps, and all of the same size: the copy engine sees a row as
 // so many of them.
-template <typename F, typename T, int kColumns>
+template <typename F, typename T, int kColumns, BlockStep kStep>
 BitClusterPlan cluster_plan(const TokenSource& s, const Weights& w, int parts_log2) {
-  constexpr int kTokens = BitClusterLayout<F, T, kColumns>::kTokens;
+  using Layout = BitClusterLayout<F, T, kColumns, kStep>;
+  constexpr int kTokens = Layout::kTokens;
   constexpr int kVectorBytes = 16;
   BitClusterPlan p;
   const int64_t row_bytes = 4 * w.words;
@@ -81,7 +83,7 @@ BitClusterPlan cluster_plan(const TokenSource& s, const Weights& w, int parts_lo
   if (p.turns > kMostTurns<kTokens>) return p;
   // Tiles of as many rows as make all clusters equal.
   const int64_t at_once =
-      clusters_at_once(bit_cluster_kernel<F, T, kColumns, kMostTurns<kTokens>>, parts_log2, kClusterThreads);
+      clusters_at_once(bit_cluster_kernel<F, T, kColumns, kMostTurns<kTokens>, kStep>, parts_log2, kClusterThreads);
   const int64_t rows = ceil_div(w.rows, at_once);
   p.tiles_of_cluster = ceil_div(rows, kBitMmaRows);
   p.tile_rows = ceil_div(rows, p.tiles_of_cluster);
@@ -95,31 +97,35 @@ BitClusterPlan cluster_plan(const TokenSource& s, const Weights& w, int parts_lo
              p.tiles_of_cluster * p.steps * bit_step_cycles(kColumns) +
              ceil_div(p.tiles_of_cluster, kClusterGroups) * kColumns * kColumnCycles +
              p.tiles_of_cluster * p.tile_rows * part_bytes / kBytesPerCycle;
+  if (kStep == BlockStep::kIn) p.cycles += s.M * p.part * int64_t(sizeof(float)) / kResidualBytesPerCycle;
   BitClusterArgs a = cluster_args(s, Epilogue{}, p);
   constexpr int64_t kStatic = 2048;  // room for the kernel's own shared variables
   const int64_t most = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - kStatic - kPanelAlignment;
   const int64_t boxes = ceil_div(p.tiles_of_cluster, kClusterGroups) * ceil_div(p.steps, kPanelSteps);
-  const int64_t room = (most - BitClusterLayout<F, T, kColumns>(a).bytes) / (kClusterGroups * kClusterStageBytes);
+  const int64_t room = (most - Layout(a).bytes) / (kClusterGroups * kClusterStageBytes);
   const int64_t stages = std::min<int64_t>({boxes, room, kMostClusterStages / kClusterGroups});
   p.fits = stages >= std::min<int64_t>(boxes, 2);
   a.stages = static_cast<int8_t>(p.stages = static_cast<int>(stages * kClusterGroups));
-  p.shared_bytes = size_t(kPanelAlignment + BitClusterLayout<F, T, kColumns>(a).bytes);
+  p.shared_bytes = size_t(kPanelAlignment + Layout(a).bytes);
   return p;
 }
 
-template <typename F, typename T, int kColumns>
+template <typename F, typename T, int kColumns, BlockStep kStep = BlockStep::kNone>
 void run_cluster(const TokenSource& s, const Weights& w, const Epilogue& e, const BitClusterPlan& p,
-                 cudaStream_t stream) {
+                 const StepOperands& step, cudaStream_t stream) {
   BitClusterArgs a = cluster_args(s, e, p);
+  a.step = step;
   const cuuint64_t parts = cuuint64_t(1) << p.parts_log2;
   const cuuint64_t row_bytes = 4 * w.words;
   a.weights =
       box_map<uint8_t, 3>(w.packed, {row_bytes / parts, parts, static_cast<cuuint64_t>(w.rows)},
                           {row_bytes / parts, row_bytes}, {kPanelRowBytes, 1, static_cast<cuuint32_t>(p.tile_rows)});
-  Grid grid{dim3(static_cast<unsigned>(p.clusters << p.parts_log2)), kClusterThreads, p.shared_bytes};
+  constexpr bool kInChain = kStep != BlockStep::kNone;
+  Grid grid{dim3(static_cast<unsigned>(p.clusters << p.parts_log2)), kClusterThreads, p.shared_bytes, kInChain};
   grid.cluster = 1 << p.parts_log2;
-  with_turns<BitClusterLayout<F, T, kColumns>::kTokens>(
-      p.turns, [&](auto turns) { launch(bit_cluster_kernel<F, T, kColumns, turns>, grid, stream, a); });
+  grid.beside_previous = kInChain;
+  with_turns<BitClusterLayout<F, T, kColumns, kStep>::kTokens>(
+      p.turns, [&](auto turns) { launch(bit_cluster_kernel<F, T, kColumns, turns, kStep>, grid, stream, a); });
 }
 
 // Planes of as many tokens.
@@ -142,20 +148,24 @@ auto with_cluster_columns(int64_t tokens, Function&& f) {
 }
 
 // Two blocks of a cluster, or more where rows are few: processors would idle, and with more than one token preparing
-// takes longer than adding up more parts. As measured on an H200. The nearest number that fits, fewer first.
-template <typename F, typename T>
+// takes longer than adding up more parts. Or four where an input projection takes less, as it reads fp32. As measured
+// on an H200. The nearest number that fits, fewer first.
+template <typename F, typename T, BlockStep kStep = BlockStep::kNone>
 BitClusterPlan choose_cluster(const TokenSource& s, const Weights& w) {
   constexpr int64_t kFewRows = 64 * kBitMmaRows;
   return with_cluster_columns<F, T>(s.M, [&](auto columns) {
+    const auto plan = [&](int parts_log2) { return cluster_plan<F, T, columns, kStep>(s, w, parts_log2); };
     const int wanted = w.rows > kFewRows ? 1 : s.M == 1 ? 2 : 3;
+    if (kStep == BlockStep::kIn && wanted == 1) {
+      const BitClusterPlan four = plan(2);
+      if (four.fits && four.cycles < plan(1).cycles) return four;
+    }
     for (int parts_log2 = wanted; parts_log2 >= 0; --parts_log2) {
-      const BitClusterPlan p = cluster_plan<F, T, columns>(s, w, parts_log2);
+      const BitClusterPlan p = plan(parts_log2);
       if (p.fits) return p;
     }
     BitClusterPlan p;
-    for (int parts_log2 = wanted + 1; parts_log2 <= kMostPartsLog2 && !p.fits; ++parts_log2) {
-      p = cluster_plan<F, T, columns>(s, w, parts_log2);
-    }
+    for (int parts_log2 = wanted + 1; parts_log2 <= kMostPartsLog2 && !p.fits; ++parts_log2) p = plan(parts_log2);
     return p;
   });
 }
@@ -187,7 +197,7 @@ void run_cluster(const TokenSource& s, const Weights& w, const Epilogue& e, cuda
   dispatch_float(s.dtype, [&](auto t) {
     using T = decltype(t);
     with_cluster_columns<F, T>(
-        s.M, [&](auto columns) { run_cluster<F, T, columns>(s, w, e, choose_cluster<F, T>(s, w), stream); });
+        s.M, [&](auto columns) { run_cluster<F, T, columns>(s, w, e, choose_cluster<F, T>(s, w), {}, stream); });
   });
 }
 

@@ -79,4 +79,66 @@ __device__ inline float step_convolution(const ConvStep& p, const ConvColumn& c,
   return silu(sum);
 }
 
+// Four taps of one channel for kCount requests. Code that runs once takes as long as it is, so weights are one vector,
+// and types are chosen by selects.
+template <int kCount>
+struct ConvTokens {
+  char* state[kCount];  // the channel's oldest input; null: the request has none
+  bool channel;
+  float4 weight;
+  float bias;
+  uint32_t history[kCount][kMostTaps - 1];
+
+  // Of `count` requests from `first` on.
+  __device__ void load(const ConvStep& p, int first, int count, int n) {
+    const int at = n - static_cast<int>(p.first);
+    channel = count > 0 && at >= 0 && at < p.channels;
+    if (!channel) return;
+    weight = static_cast<const float4*>(p.weight)[at];
+    bias = p.bias ? static_cast<const float*>(p.bias)[at] : 0.0f;
+    const bool wide = p.state_dtype == DType::kFloat32;
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) {
+      const int64_t slot = j < count ? slot_of(p.state_indices, p.slots, first + j) : -1;
+      state[j] = slot < 0 ? nullptr : static_cast<char*>(p.state) + ((slot * p.state_batch + at) << (wide + 1));
+#pragma unroll
+      for (int w = 0; w + 1 < kMostTaps; ++w) {
+        history[j][w] = 0;
+        const char* from = state[j] + (w * p.state_row << (wide + 1));
+        if (state[j] && wide) history[j][w] = *reinterpret_cast<const uint32_t*>(from);
+        if (state[j] && !wide) history[j][w] = *reinterpret_cast<const uint16_t*>(from);
+      }
+    }
+  }
+
+  // The activated convolution of request j at this token, whose input is v.
+  __device__ float step(const ConvStep& p, int j, float v) const {
+    const uint32_t (&h)[kMostTaps - 1] = history[j];
+    float sum = fmaf(from_bits(p.state_dtype, h[0]), weight.x, bias);
+    sum = fmaf(from_bits(p.state_dtype, h[1]), weight.y, sum);
+    sum = fmaf(from_bits(p.state_dtype, h[2]), weight.z, sum);
+    const bool wide = p.state_dtype == DType::kFloat32;
+    const uint32_t next[kMostTaps - 1] = {h[1], h[2], to_bits(p.state_dtype, v)};
+#pragma unroll
+    for (int w = 0; w + 1 < kMostTaps; ++w) {
+      char* to = state[j] + (w * p.state_row << (wide + 1));
+      if (state[j] && wide) *reinterpret_cast<uint32_t*>(to) = next[w];
+      if (state[j] && !wide) *reinterpret_cast<uint16_t*>(to) = static_cast<uint16_t>(next[w]);
+    }
+    return silu(fmaf(v, weight.w, sum));
+  }
+};
+
+// What surrounds a packed projection in a step of the Mamba-2 block: an RMSNorm before it, and afterwards a step of the
+// convolution for some columns (kIn), or a sum with the residual (kOut).
+enum class BlockStep { kNone, kIn, kOut };
+
+struct StepOperands {
+  const float* norm;  // [K]
+  float eps;
+  float* residual;  // [tokens, columns]
+  ConvStep conv;
+  Ahead states;  // that the kernel after the input projection reads
+};
+
 }  // namespace bitkernels::cuda

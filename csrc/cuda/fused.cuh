@@ -38,8 +38,6 @@ constexpr int kMostFusedTiles = 16;
 // From one chunk of the activations to the next.
 constexpr int plane_pitch(int columns) { return columns * 16; }
 
-enum class BlockStep { kNone, kIn, kOut };
-
 // kColumns: planes of all tokens; 16, 64 or 128. kAligned: rows of x and of the weights are whole vectors.
 // A step of one token leaves room for the blocks of the next kernel.
 template <typename F, typename T, int kColumns, bool kAligned, BlockStep kStep = BlockStep::kNone>
@@ -106,7 +104,7 @@ __global__ void __launch_bounds__(kFusedThreads, kStep != BlockStep::kNone && kC
       const X* row = static_cast<const X*>(args.x) + int64_t(min(first_token + j, tokens - 1)) * args.K;
       x[j].template load<kAligned>(row, k, end);
     }
-    if constexpr (kNorm) norm.template load<kAligned>(args.norm, k, end);
+    if constexpr (kNorm) norm.template load<kAligned>(args.step.norm, k, end);
     if (F::kPerWord == kSignsPerWord && args.scale) scale.template load<kAligned>(args.scale, k, end);
     if (F::kPerWord == kSignsPerWord && args.shift) shift.template load<kAligned>(args.shift, k, end);
   };
@@ -117,7 +115,7 @@ __global__ void __launch_bounds__(kFusedThreads, kStep != BlockStep::kNone && kC
     for (int j = 0; j < kTogether; ++j) {
       prefetch_to_l2(static_cast<const X*>(args.x) + int64_t(min(first_token + j, tokens - 1)) * args.K + k);
     }
-    if constexpr (kNorm) prefetch_to_l2(args.norm + k);
+    if constexpr (kNorm) prefetch_to_l2(args.step.norm + k);
     if (F::kPerWord == kSignsPerWord && args.scale) prefetch_to_l2(args.scale + k);
     if (F::kPerWord == kSignsPerWord && args.shift) prefetch_to_l2(args.shift + k);
   };
@@ -176,12 +174,11 @@ __global__ void __launch_bounds__(kFusedThreads, kStep != BlockStep::kNone && kC
     if (k < end_k) {
       if (F::kPerWord == kSignsPerWord && args.scale) prefetch_to_l2(args.scale + k);
       if (F::kPerWord == kSignsPerWord && args.shift) prefetch_to_l2(args.shift + k);
-      prefetch_to_l2(args.norm + k);
+      prefetch_to_l2(args.step.norm + k);
     }
   }
   if constexpr (kStep == BlockStep::kIn) {
-    if (threadIdx.x == 0) prefetch_ahead(args.states);
-    if (has_output) prefetch_conv(args.conv, token_of(threadIdx.x), row_of(threadIdx.x));
+    if (has_output) prefetch_conv(args.step.conv, token_of(threadIdx.x), row_of(threadIdx.x));
   }
   if constexpr (kNorm) {
     if (parts > 1) wait_for_arrivals();
@@ -206,8 +203,8 @@ __global__ void __launch_bounds__(kFusedThreads, kStep != BlockStep::kNone && kC
     if (!has_output) return;
     const int64_t n = row_of(threadIdx.x);
     column = column_of(args.e, n);
-    if constexpr (kStep == BlockStep::kIn) conv = conv_column(args.conv, token_of(threadIdx.x), n);
-    if constexpr (kStep == BlockStep::kOut) residual = args.residual[token_of(threadIdx.x) * args.e.columns + n];
+    if constexpr (kStep == BlockStep::kIn) conv = conv_column(args.step.conv, token_of(threadIdx.x), n);
+    if constexpr (kStep == BlockStep::kOut) residual = args.step.residual[token_of(threadIdx.x) * args.e.columns + n];
   };
   if constexpr (!kNorm) {
     load_column();  // needed last, and as far away as the rest
@@ -380,8 +377,8 @@ __global__ void __launch_bounds__(kFusedThreads, kStep != BlockStep::kNone && kC
     if (m >= tokens || n >= args.e.columns) continue;
     if (i >= kFusedThreads) {
       column = column_of(args.e, n);
-      if constexpr (kStep == BlockStep::kIn) conv = conv_column(args.conv, m, n);
-      if constexpr (kStep == BlockStep::kOut) residual = args.residual[m * args.e.columns + n];
+      if constexpr (kStep == BlockStep::kIn) conv = conv_column(args.step.conv, m, n);
+      if constexpr (kStep == BlockStep::kOut) residual = args.step.residual[m * args.e.columns + n];
     }
     const float* from =
         partial + (i / (kBitMmaRows * kTokens) << parts_log2) * (kTokens * kBitMmaRows) + i % kBitMmaRows * kTokens + m;
@@ -403,7 +400,7 @@ __global__ void __launch_bounds__(kFusedThreads, kStep != BlockStep::kNone && kC
         }
       }
       if constexpr (kNorm) {
-        const float inverse = rsqrtf(__fdividef(of_token[1], static_cast<float>(args.K)) + args.eps);
+        const float inverse = rsqrtf(__fdividef(of_token[1], static_cast<float>(args.K)) + args.step.eps);
         sum *= inverse;
         of_token[0] *= inverse;
       }
@@ -411,11 +408,11 @@ __global__ void __launch_bounds__(kFusedThreads, kStep != BlockStep::kNone && kC
     }
     const int64_t at = m * args.e.columns + n;
     if constexpr (kStep == BlockStep::kOut) {
-      args.residual[at] = residual + y;
+      args.step.residual[at] = residual + y;
     } else {
       T out = from_float<T>(y);
       if constexpr (kStep == BlockStep::kIn) {
-        if (conv.at >= 0) out = from_float<T>(step_convolution(args.conv, conv, to_float(out)));
+        if (conv.at >= 0) out = from_float<T>(step_convolution(args.step.conv, conv, to_float(out)));
       }
       static_cast<T*>(args.e.out)[at] = out;
     }

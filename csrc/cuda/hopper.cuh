@@ -47,6 +47,15 @@ __device__ inline void barrier_wait(SharedAddress barrier, int parity) {
       : "memory");
 }
 
+__device__ inline bool barrier_passed(SharedAddress barrier, int parity) {
+  int passed;
+  asm volatile("{.reg .pred done; mbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2; selp.b32 %0, 1, 0, done;}"
+               : "=r"(passed)
+               : "r"(barrier), "r"(parity)
+               : "memory");
+  return passed;
+}
+
 // kBytes from global to shared memory in the background, or zeros.
 template <int kBytes>
 __device__ void copy_or_zero(SharedAddress to, const void* from, bool wanted) {

@@ -2,7 +2,7 @@
 // elsewhere the parts run one after the other.
 #include <algorithm>
 
-#include "bit_launch.cuh"
+#include "bit_cluster_launch.cuh"
 #include "mixer_kernels.h"
 #include "reduce.cuh"
 
@@ -211,66 +211,72 @@ Scales scales(const PackedLinear& p, DType dtype_of_x) {
   return s;
 }
 
+// Two to eight tokens of bf16: a cluster's blocks split K. Calls with another number of tokens have another plan.
 template <BlockStep kStep>
-struct StepOperands {
-  const float* norm;
-  float eps;
-  float* residual;
-  ConvStep conv;
-  Ahead states;  // that the kernel after this projection reads
-};
-
-// Calls f(columns, plan) where one kernel can do it, and tells whether.
-template <BlockStep kStep, typename T, typename Function>
-bool with_fused_plan(const Scales& s, const Weights& w, const StepOperands<kStep>& o, int64_t tokens, Function&& f) {
-#ifdef BITKERNELS_SM90A
-  if (device_attribute(cudaDevAttrComputeCapabilityMajor) != 9) return false;
-  if (!fused_vectors<SignF16, T>(s.source, w) || !aligned(o.norm, 16)) return false;
-  if (kStep == BlockStep::kIn && o.conv.W > kMostTaps) return false;
-  return with_fused_columns<SignF16, T>(tokens, [&](auto columns) {
-    const FusedPlan plan = choose_fused<SignF16, T, columns, kStep>(tokens, w.rows, ceil_div(w.words, kChunkWords));
-    if (plan.fits) f(columns, plan);
+bool run_cluster_step(const Scales& s, const Weights& w, const StepOperands& o, cudaStream_t stream) {
+  if (kStep == BlockStep::kIn && (o.conv.W != kMostTaps || !aligned(o.conv.weight, 16))) return false;
+  return with_cluster_columns<SignF16, bf16>(s.source.M, [&](auto columns) {
+    const BitClusterPlan plan = choose_cluster<SignF16, bf16, kStep>(s.source, w);
+    if (plan.fits) run_cluster<SignF16, bf16, columns, kStep>(s.source, w, s.epilogue, plan, o, stream);
     return plan.fits;
   });
+}
+
+// One token of bf16, or up to eight of other types, as many at once as fit.
+template <BlockStep kStep, typename T>
+bool run_fused_step(const Scales& all, const Weights& w, const StepOperands& o, cudaStream_t stream) {
+  using X = std::conditional_t<kStep == BlockStep::kIn, float, T>;
+  constexpr int64_t kMost = std::is_same_v<T, bf16> ? 1 : kMostFusedTokens<SignF16, T>;
+  const int64_t M = all.source.M, N = all.epilogue.columns;
+  // One plan for all: the order of a token's sums must not depend on its place.
+  const int64_t planned = std::min(M, kMost);
+  const auto run = [&](auto columns) {
+    const FusedPlan plan = choose_fused<SignF16, T, columns, kStep>(planned, w.rows, ceil_div(w.words, kChunkWords));
+    if (!plan.fits) return false;
+    for (int64_t m = 0; m < M; m += kMost) {
+      TokenSource source = all.source;
+      source.M = std::min(M - m, kMost);
+      source.x = static_cast<const X*>(source.x) + m * source.K;
+      FusedArgs args = fused_args(source, w, all.epilogue, plan);
+      args.step = o;
+      if constexpr (kStep == BlockStep::kIn) {
+        args.e.out = static_cast<T*>(all.epilogue.out) + m * N;
+        if (m > 0) args.step.states = {};
+        if (o.conv.state_indices) {
+          args.step.conv.state_indices += m;
+        } else {
+          args.step.conv.state = static_cast<char*>(o.conv.state) +
+                                 m * o.conv.state_batch * (o.conv.state_dtype == DType::kFloat32 ? 4 : 2);
+          args.step.conv.slots -= m;
+        }
+      } else {
+        args.step.residual += m * N;
+      }
+      launch(fused_kernel<SignF16, T, columns, true, kStep>, fused_grid(plan, kStep), stream, args);
+    }
+    return true;
+  };
+  if constexpr (kMost == 1) {
+    return run(std::integral_constant<int, FusedFormat<SignF16, T>::kPlanes>());
+  } else {
+    return with_fused_columns<SignF16, T>(planned, run);
+  }
+}
+
+// One kernel for a few tokens. Tells whether there is one.
+template <BlockStep kStep, typename T>
+bool run_one_kernel(const Scales& s, const Weights& w, const StepOperands& o, cudaStream_t stream) {
+#ifdef BITKERNELS_SM90A
+  const int64_t M = s.source.M;
+  if (!on_hopper() || M > kMostTokens || !fused_vectors<SignF16, T>(s.source, w) || !aligned(o.norm, 16)) return false;
+  if (kStep == BlockStep::kIn && o.conv.W > kMostTaps) return false;
+  if constexpr (std::is_same_v<T, bf16>) {
+    if (M > 1) return run_cluster_step<kStep>(s, w, o, stream);
+  }
+  return run_fused_step<kStep, T>(s, w, o, stream);
 #else
   return false;
 #endif
-}
-
-template <BlockStep kStep, typename T>
-bool run_fused_step(const Scales& all, const Weights& w, const StepOperands<kStep>& o, cudaStream_t stream) {
-  using X = std::conditional_t<kStep == BlockStep::kIn, float, T>;
-  constexpr int64_t kMost = kMostFusedTokens<SignF16, T>;
-  const int64_t M = all.source.M, N = all.epilogue.columns;
-  if (M > kMostTokens) return false;
-  for (int64_t m = 0; m < M; m += kMost) {
-    Scales s = all;
-    s.source.M = M - m < kMost ? M - m : kMost;
-    s.source.x = static_cast<const X*>(all.source.x) + m * all.source.K;
-    // One plan for all: the order of a token's sums must not depend on its place.
-    const bool done = with_fused_plan<kStep, T>(s, w, o, std::min(M, kMost), [&](auto columns, const FusedPlan& plan) {
-      FusedArgs args = fused_args(s.source, w, s.epilogue, plan);
-      args.norm = o.norm;
-      args.eps = o.eps;
-      if constexpr (kStep == BlockStep::kIn) {
-        args.e.out = static_cast<T*>(all.epilogue.out) + m * N;
-        args.conv = o.conv;
-        if (m == 0) args.states = o.states;
-        if (o.conv.state_indices) {
-          args.conv.state_indices += m;
-        } else {
-          args.conv.state = static_cast<char*>(o.conv.state) +
-                            m * o.conv.state_batch * (o.conv.state_dtype == DType::kFloat32 ? 4 : 2);
-          args.conv.slots -= m;
-        }
-      } else {
-        args.residual = o.residual + m * N;
-      }
-      launch(fused_kernel<SignF16, T, columns, true, kStep>, fused_grid(plan, kStep), stream, args);
-    });
-    if (!done) return false;
-  }
-  return true;
 }
 
 // More tokens: planes of bits made after the norm, and a product that adds to the residual. Up to as many as measured.
@@ -347,11 +353,11 @@ void mamba2_in_step(const Mamba2InStep& p, Executor stream) {
   const PackedLinear& linear = p.linear;
   const Scales s = scales(linear, DType::kFloat32);
   const Weights w = weights(linear.w_packed, linear.N, ceil_div(linear.K, kSignsPerWord));
-  const StepOperands<BlockStep::kIn> o{static_cast<const float*>(p.norm_weight), static_cast<float>(p.eps), nullptr,
-                                       p.conv, states_ahead(p)};
+  const StepOperands o{static_cast<const float*>(p.norm_weight), static_cast<float>(p.eps), nullptr, p.conv,
+                       states_ahead(p)};
   dispatch_float(linear.dtype, [&](auto t) {
     using T = decltype(t);
-    if (run_fused_step<BlockStep::kIn, T>(s, w, o, stream)) return;
+    if (run_one_kernel<BlockStep::kIn, T>(s, w, o, stream)) return;
     T* y = static_cast<T*>(linear.y);
     normalise_and_multiply<float, T>(linear, p.norm_weight, p.eps, y, stream);
     run_convolution(y, linear, p.conv, stream);
@@ -368,11 +374,10 @@ void mamba2_out_step(const Mamba2OutStep& p, Executor stream) {
   const Scales s = scales(linear, linear.dtype);
   const Weights w = weights(linear.w_packed, linear.N, ceil_div(linear.K, kSignsPerWord));
   float* residual = static_cast<float*>(p.residual);
-  const StepOperands<BlockStep::kOut> o{
-      static_cast<const float*>(p.norm_weight), static_cast<float>(p.eps), residual, {}, {}};
+  const StepOperands o{static_cast<const float*>(p.norm_weight), static_cast<float>(p.eps), residual, {}, {}};
   dispatch_float(linear.dtype, [&](auto t) {
     using T = decltype(t);
-    if (run_fused_step<BlockStep::kOut, T>(s, w, o, stream)) return;
+    if (run_one_kernel<BlockStep::kOut, T>(s, w, o, stream)) return;
     if (run_bit_out_step<T>(s, w, {o.norm, o.eps, residual}, linear.workspace, stream)) return;
     T* y =
         reinterpret_cast<T*>(static_cast<char*>(linear.workspace) + normalised_bytes(linear) + product_bytes(linear));

@@ -68,6 +68,12 @@ __device__ inline void store_vector(void* p, const uint32_t (&v)[2]) {
   asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(p), "r"(v[0]), "r"(v[1]) : "memory");
 }
 
+// The same of what is not read again soon: it is the first to leave L2.
+__device__ inline void store_streaming(void* p, const uint32_t (&v)[4]) {
+  asm volatile("st.global.cs.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3])
+               : "memory");
+}
+
 __device__ inline void prefetch_to_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
 // The same of many bytes: 16 to a boundary, and a multiple of 16 of them. Memory written meanwhile is not a danger, as

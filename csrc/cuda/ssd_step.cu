@@ -5,6 +5,7 @@
 // copy engine brings a block's rows to shared memory and back: registers then hold no more than what is being computed.
 // The kernel may start while the one before it runs: it then brings its states as far as L2. Blocks also ask for the
 // states of blocks that start later, so that memory is never idle while they compute.
+#include <algorithm>
 #include <cfloat>
 #include <initializer_list>
 #include <type_traits>
@@ -132,6 +133,12 @@ struct Elements {
 };
 
 __device__ float softplus(float v) { return fmaxf(v, 0.0f) + log1pf(expf(-fabsf(v))); }
+
+__device__ float step_size(const SsdStep& p, float dt) {
+  if (p.dt_softplus) dt = softplus(dt);
+  const float low = static_cast<float>(p.dt_min), high = static_cast<float>(p.dt_max);
+  return dt < low ? low : dt > high ? high : dt;  // NaN stays
+}
 
 // kLanes neighbours hold parts of kCount sums: each gets one sum, kLanes / kCount of them the same.
 template <int kLanes, int kCount>
@@ -308,10 +315,7 @@ __device__ void step(const StepArgs& args) {
     if constexpr (kRandom) random.draw(seed, position, random_row, L::kRowsOfWarp, random_group);
     if (chunk == 0) {
       settle(dt_low), settle(dt_high), settle(own_x);
-      float dt = from_bits(p.dt_dtype, dt_low | dt_high << 16) + dt_bias;
-      if (p.dt_softplus) dt = softplus(dt);
-      const float low = static_cast<float>(p.dt_min), high = static_cast<float>(p.dt_max);
-      dt = dt < low ? low : dt > high ? high : dt;  // NaN stays
+      const float dt = step_size(p, from_bits(p.dt_dtype, dt_low | dt_high << 16) + dt_bias);
       decay = expf(dt * A);
       own_scaled = dt * from_bits(kTypeOf<T>, own_x);
       if constexpr (kTile) barrier_wait(shared_address(&arrived), 0);
@@ -377,6 +381,90 @@ __device__ void step(const StepArgs& args) {
   }
 }
 
+// Where all blocks run at once: a block takes its rows, of one chunk, in turns, of which two are on their way, so that
+// what belongs to the head is found once.
+constexpr int kBlocksInTurns = 5;  // of a processor
+
+template <typename S>
+constexpr int kRowsInTurns = sizeof(S) == 4 ? 4 : 2;
+
+template <typename T, typename S, int kTurns>
+__global__ void __launch_bounds__(kStepThreads, kBlocksInTurns)
+    ssd_step_in_turns_kernel(const __grid_constant__ StepArgs args) {
+  using L = Lanes<S>;
+  constexpr int kElements = L::kElements, kRows = kRowsInTurns<S>, kTurn = kBlockRows<S, kRows>;
+  constexpr int kAhead = kTurns < 2 ? kTurns : 2;
+  constexpr int kSums = kTurns * kRows, kLanesOfSum = L::kOfRow / kSums;
+  const SsdStep& p = args.p;
+  const int P = static_cast<int>(p.P);
+  const Place at(args, blockIdx.x, kTurns * kTurn);
+  const int lane = threadIdx.x % 32, part = lane % L::kOfRow;
+  // Row r of turn t of a lane is first + t * kTurn + r * kRowsOfWarp, which the lane finishes for one t and r.
+  const int first = at.row + threadIdx.x / 32 * (kRows * L::kRowsOfWarp) + lane / L::kOfRow;
+  const int own_sum = part / kLanesOfSum;
+  const int own = first + own_sum / kRows * kTurn + own_sum % kRows * L::kRowsOfWarp;
+  const bool stores = own < P && part % kLanesOfSum == 0;
+  S* state = static_cast<S*>(p.state) + at.head * p.state_head + first * p.state_row + part * kElements;
+  const int64_t row_step = L::kRowsOfWarp * p.state_row, turn_step = kTurn * p.state_row;
+  Inputs<T> from;
+  from.find(args, at, min(own, P - 1), part * kElements);
+  from.settle_all(), settle(state);
+  from.prefetch();
+  let_next_kernel_start();
+  wait_for_previous_kernel();
+
+  const int64_t slot = slot_of(p.state_indices, p.slots, at.batch);
+  if (slot < 0) {
+    if (stores) static_cast<T*>(p.y)[int64_t(at.head_of_batch) * P + own] = from_float<T>(0.0f);
+    return;
+  }
+  state += slot * p.state_batch;
+  Elements<S, kElements> held[kAhead][kRows];
+  const auto left_of_row = [&](int t, int r) { return first + t * kTurn + r * L::kRowsOfWarp < P ? kElements : 0; };
+  const auto load_turn = [&](int t) {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      held[t % kAhead][r].template load<true>(state + t * turn_step + r * row_step, left_of_row(t, r));
+    }
+  };
+  uint32_t dt_low = from.dt[0], dt_high = from.dt[p.dt_dtype == DType::kFloat32];
+#pragma unroll
+  for (int t = 0; t < kAhead; ++t) load_turn(t);
+  Elements<T, kElements> B, C;
+  B.template load<true>(from.B, kElements);
+  C.template load<true>(from.C, kElements);
+  uint32_t own_x = bits_of(*from.x);
+  const T own_z = from.z ? *from.z : from_float<T>(0.0f);
+  const float own_D = from.D ? *from.D : 0.0f;
+  const float A = *from.A, dt_bias = from.dt_bias ? *from.dt_bias : 0.0f;
+  settle(dt_low), settle(dt_high), settle(own_x);
+  const float dt = step_size(p, from_bits(p.dt_dtype, dt_low | dt_high << 16) + dt_bias);
+  const float decay = expf(dt * A), own_scaled = dt * from_bits(kTypeOf<T>, own_x);
+
+  float sum[kSums] = {};
+#pragma unroll
+  for (int t = 0; t < kTurns; ++t) {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      Elements<S, kElements>& row = held[t % kAhead][r];
+#pragma unroll
+      for (uint32_t& word : row.words) settle(word);
+      const float scaled = __shfl_sync(0xffffffff, own_scaled, (t * kRows + r) * kLanesOfSum, L::kOfRow);
+#pragma unroll
+      for (int i = 0; i < kElements; ++i) {
+        const float next = fmaf(scaled, B[i], decay * row[i]);
+        sum[t * kRows + r] = fmaf(next, C[i], sum[t * kRows + r]);
+        row.set(i, from_float<S>(next));
+      }
+      if (left_of_row(t, r)) store_streaming(state + t * turn_step + r * row_step, row.words);
+    }
+    if (t + kAhead < kTurns) load_turn(t + kAhead);
+  }
+  float out = fmaf(own_D, from_bits(kTypeOf<T>, own_x), sum_of_lane<L::kOfRow>(sum));
+  if (from.z) out *= silu(to_float(own_z));
+  if (stores) static_cast<T*>(p.y)[int64_t(at.head_of_batch) * P + own] = from_float<T>(out);
+}
+
 // Of a processor, by the registers that eight neighbours of B and C, or random bits, take.
 template <typename T, typename S, int kRows, bool kRandom>
 constexpr int kBlocksAtOnce = sizeof(S) == 2 && kRows > 2 && (kRandom || sizeof(T) == 4) ? 5 : 6;
@@ -405,6 +493,22 @@ void run_step(const SsdStep& p, int64_t processors, cudaStream_t stream) {
                   static_cast<uint32_t>(p.state_row == p.N && p.N > 0 ? most_ahead / block_bytes : 0)});
 }
 
+// Tells whether the state is as much as this is for.
+template <typename T, typename S, int kTurns>
+bool run_in_turns(const SsdStep& p, int64_t processors, cudaStream_t stream) {
+  const int64_t blocks_of_head = ceil_div(p.P, int64_t(kTurns * kBlockRows<S, kRowsInTurns<S>>));
+  const int64_t blocks = p.batch * p.H * blocks_of_head;
+  if (2 * blocks <= kBlocksInTurns * processors || blocks > kBlocksInTurns * processors) return false;
+  Grid grid = step_grid(dim3(static_cast<unsigned>(blocks)), kStepThreads);
+  // Shared memory that nobody uses, so that processors that are free first leave the others their share.
+  constexpr int64_t kReserved = 1024;
+  const int64_t share = device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor) / ceil_div(blocks, processors);
+  grid.shared_bytes = share / kReserved * kReserved - kReserved;
+  launch(ssd_step_in_turns_kernel<T, S, kTurns>, grid, stream,
+         StepArgs{p, Divisor(blocks_of_head), Divisor(p.H), Divisor(p.H / p.G), 0, 0});
+  return true;
+}
+
 bool whole_vectors(const void* data, int64_t bytes, std::initializer_list<int64_t> strides) {
   bool whole = reinterpret_cast<uintptr_t>(data) % 16 == 0;
   for (int64_t stride : strides) whole = whole && stride * bytes % 16 == 0;
@@ -428,6 +532,13 @@ void run_step(const SsdStep& p, cudaStream_t stream) {
   if (on_hopper() && rows * p.N * sizeof(S) >= kMuch && p.state_row == p.N && p.N % kChunk == 0 &&
       kBlockRows<S, 8> * p.N * sizeof(S) <= kMostTileBytes) {
     return run_step<T, S, 8, true, kRandom, true>(p, processors, stream);
+  }
+  if constexpr (!kRandom) {
+    if (p.N == kChunk &&
+        (run_in_turns<T, S, 1>(p, processors, stream) || run_in_turns<T, S, 2>(p, processors, stream) ||
+         run_in_turns<T, S, 4>(p, processors, stream))) {
+      return;
+    }
   }
   // Few rows a lane while all blocks run at once.
   if constexpr (sizeof(S) == 2) {

@@ -64,6 +64,11 @@ __device__ inline float from_bits(DType dtype, uint32_t bits) {
                                     : __uint_as_float(bits << 16);
 }
 
+__device__ inline uint32_t to_bits(DType dtype, float v) {
+  const uint32_t half = __half_as_ushort(__float2half_rn(v)), other = __bfloat16_as_ushort(__float2bfloat16_rn(v));
+  return dtype == DType::kFloat32 ? __float_as_uint(v) : dtype == DType::kFloat16 ? half : other;
+}
+
 // Calls f(T{}) for the type of an activation.
 template <typename F>
 void dispatch_float(DType dtype, F&& f) {

@@ -40,12 +40,7 @@ struct FusedArgs {
   int plane_bytes;
   bool has_plain;
   Epilogue e;
-  // Of a step of the Mamba-2 block alone.
-  const float* norm;  // [K]
-  float eps;
-  float* residual;  // [tokens, columns]
-  ConvStep conv;
-  Ahead states;  // that the next kernel reads
+  StepOperands step;  // of the Mamba-2 block
 };
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
