@@ -114,7 +114,8 @@ void mamba2_step(Tensor residual, const Tensor& in_norm, const Tensor& in_packed
                                          .H = H,
                                          .P = P,
                                          .G = G,
-                                         .N = N};
+                                         .N = N,
+                                         .after_projection = true};
   const Launch launch(residual);
   in.args.next = &step;
   in.run(projected, launch);

@@ -36,6 +36,8 @@ CASES = [
     Case(5, 70, 512, 10, 40, W=1),
     Case(8, 648, 640, 300, 340, bias=True),
     Case(8, 64, 256, 8, 16, W=6),
+    Case(4, 200, 512, 60, 100, scales="row", bias=True),
+    Case(7, 4200, 768, 1000, 1600),
     Case(13, 96, 128, 32, 32),
     Case(17, 456, 256, 40, 300, bias=True),
     Case(130, 392, 256, 100, 270),
@@ -190,8 +192,10 @@ def test_step(layer, state_dtype, device):
     assert_close("ssm_state", given["ssm_state"], ref["ssm_state"], tolerance)
 
 
-# On Hopper the projections of the second are one kernel each, those of the third several.
-SMALL, FEW, MORE = Layer(3, 64, 4, 16, 2, 24), Layer(8, 256, 16, 64, 1, 128), Layer(9, 256, 32, 64, 2, 128)
+# On Hopper the projections of the second and the third are one kernel each, those of the last several, and states of
+# these three are taken in one, four and two turns.
+SMALL, FEW, MANY = Layer(3, 64, 4, 16, 2, 24), Layer(8, 256, 16, 64, 1, 128), Layer(8, 128, 64, 64, 1, 128)
+MORE = Layer(9, 256, 32, 64, 2, 128)
 
 
 def some_slots(layer, device):
@@ -201,7 +205,7 @@ def some_slots(layer, device):
     return slots.to(device)
 
 
-@pytest.mark.parametrize("layer", [SMALL, FEW, MORE], ids=str)
+@pytest.mark.parametrize("layer", [SMALL, FEW, MANY, MORE], ids=str)
 @pytest.mark.parametrize("stochastic", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_step_is_its_parts(dtype, stochastic, layer, device):
@@ -353,6 +357,22 @@ def test_same_bits_every_run(case, device):
     y = bitkernels.mamba2_in_step(**given, dtype=torch.bfloat16)
     assert torch.equal(bitkernels.mamba2_in_step(**again, dtype=torch.bfloat16), y)
     assert torch.equal(again["conv_state"], given["conv_state"])
+
+
+@pytest.mark.parametrize("batch", [2, 3, 5, 8])
+@pytest.mark.parametrize("case", [(6448, 1536), (1536, 3072)], ids=str)
+def test_place_in_a_batch_does_not_matter(case, batch, device):
+    """A batch-invariant engine relies on it: a request's bits are the same wherever in the batch it is."""
+    case = Case(batch, *case, 100, 300)
+    given, out = in_inputs(case, device, torch.bfloat16), out_inputs(case, device, torch.bfloat16)
+    rolled = {**given, **{k: given[k].roll(1, 0) for k in ("residual", "conv_state")}}
+    rolled_out = {**out, **{k: out[k].roll(1, 0) for k in ("residual", "y")}}
+    y = bitkernels.mamba2_in_step(**given, dtype=torch.bfloat16)
+    assert torch.equal(bitkernels.mamba2_in_step(**rolled, dtype=torch.bfloat16), y.roll(1, 0))
+    assert torch.equal(rolled["conv_state"], given["conv_state"].roll(1, 0))
+    bitkernels.mamba2_out_step(**out)
+    bitkernels.mamba2_out_step(**rolled_out)
+    assert torch.equal(rolled_out["residual"], out["residual"].roll(1, 0))
 
 
 @pytest.mark.parametrize("layer", LAYERS[:4], ids=str)

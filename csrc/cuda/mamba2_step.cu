@@ -241,7 +241,6 @@ bool run_fused_step(const Scales& all, const Weights& w, const StepOperands& o, 
       args.step = o;
       if constexpr (kStep == BlockStep::kIn) {
         args.e.out = static_cast<T*>(all.epilogue.out) + m * N;
-        if (m > 0) args.step.states = {};
         if (o.conv.state_indices) {
           args.step.conv.state_indices += m;
         } else {

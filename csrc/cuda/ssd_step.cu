@@ -381,33 +381,30 @@ __device__ void step(const StepArgs& args) {
   }
 }
 
-// Where all blocks run at once: a block takes its rows, of one chunk, in turns, of which two are on their way, so that
-// what belongs to the head is found once.
+// After a projection, where all blocks run at once: a block takes its rows of fp32, of one chunk, in turns, of which
+// two are on their way, so that what belongs to the head is found once.
 constexpr int kBlocksInTurns = 5;  // of a processor
+constexpr int kTurnRows = 4;       // of a warp
 
-template <typename S>
-constexpr int kRowsInTurns = sizeof(S) == 4 ? 4 : 2;
-
-template <typename T, typename S, int kTurns>
+template <typename T, int kTurns>
 __global__ void __launch_bounds__(kStepThreads, kBlocksInTurns)
     ssd_step_in_turns_kernel(const __grid_constant__ StepArgs args) {
-  using L = Lanes<S>;
-  constexpr int kElements = L::kElements, kRows = kRowsInTurns<S>, kTurn = kBlockRows<S, kRows>;
+  using L = Lanes<float>;
+  constexpr int kElements = L::kElements, kTurn = kBlockRows<float, kTurnRows>;
   constexpr int kAhead = kTurns < 2 ? kTurns : 2;
-  constexpr int kSums = kTurns * kRows, kLanesOfSum = L::kOfRow / kSums;
+  constexpr int kLanesOfRow = L::kOfRow / kTurnRows;  // that finish row r of every turn
   const SsdStep& p = args.p;
   const int P = static_cast<int>(p.P);
   const Place at(args, blockIdx.x, kTurns * kTurn);
-  const int lane = threadIdx.x % 32, part = lane % L::kOfRow;
-  // Row r of turn t of a lane is first + t * kTurn + r * kRowsOfWarp, which the lane finishes for one t and r.
-  const int first = at.row + threadIdx.x / 32 * (kRows * L::kRowsOfWarp) + lane / L::kOfRow;
-  const int own_sum = part / kLanesOfSum;
-  const int own = first + own_sum / kRows * kTurn + own_sum % kRows * L::kRowsOfWarp;
-  const bool stores = own < P && part % kLanesOfSum == 0;
-  S* state = static_cast<S*>(p.state) + at.head * p.state_head + first * p.state_row + part * kElements;
-  const int64_t row_step = L::kRowsOfWarp * p.state_row, turn_step = kTurn * p.state_row;
+  const int lane = threadIdx.x % 32;
+  // Row r of turn t is first + t * kTurn + r; the lane finishes one.
+  const int first = at.row + threadIdx.x / 32 * kTurnRows;
+  const int own = first + lane % kTurns * kTurn + lane / kLanesOfRow;
+  const bool stores = own < P && lane % kLanesOfRow < kTurns;
+  float* state = static_cast<float*>(p.state) + at.head * p.state_head + first * p.state_row + lane * kElements;
+  const int64_t turn_step = kTurn * p.state_row;
   Inputs<T> from;
-  from.find(args, at, min(own, P - 1), part * kElements);
+  from.find(args, at, min(own, P - 1), lane * kElements);
   from.settle_all(), settle(state);
   from.prefetch();
   let_next_kernel_start();
@@ -419,12 +416,12 @@ __global__ void __launch_bounds__(kStepThreads, kBlocksInTurns)
     return;
   }
   state += slot * p.state_batch;
-  Elements<S, kElements> held[kAhead][kRows];
-  const auto left_of_row = [&](int t, int r) { return first + t * kTurn + r * L::kRowsOfWarp < P ? kElements : 0; };
+  Elements<float, kElements> held[kAhead][kTurnRows];
+  const auto left_of_row = [&](int t, int r) { return first + t * kTurn + r < P ? kElements : 0; };
   const auto load_turn = [&](int t) {
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      held[t % kAhead][r].template load<true>(state + t * turn_step + r * row_step, left_of_row(t, r));
+    for (int r = 0; r < kTurnRows; ++r) {
+      held[t % kAhead][r].template load<true>(state + t * turn_step + r * p.state_row, left_of_row(t, r));
     }
   };
   uint32_t dt_low = from.dt[0], dt_high = from.dt[p.dt_dtype == DType::kFloat32];
@@ -441,26 +438,35 @@ __global__ void __launch_bounds__(kStepThreads, kBlocksInTurns)
   const float dt = step_size(p, from_bits(p.dt_dtype, dt_low | dt_high << 16) + dt_bias);
   const float decay = expf(dt * A), own_scaled = dt * from_bits(kTypeOf<T>, own_x);
 
-  float sum[kSums] = {};
+  float sum[kTurns];
 #pragma unroll
   for (int t = 0; t < kTurns; ++t) {
+    float of_row[kTurnRows] = {};
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      Elements<S, kElements>& row = held[t % kAhead][r];
+    for (int r = 0; r < kTurnRows; ++r) {
+      Elements<float, kElements>& row = held[t % kAhead][r];
 #pragma unroll
       for (uint32_t& word : row.words) settle(word);
-      const float scaled = __shfl_sync(0xffffffff, own_scaled, (t * kRows + r) * kLanesOfSum, L::kOfRow);
+      const float scaled = __shfl_sync(0xffffffff, own_scaled, r * kLanesOfRow + t);
 #pragma unroll
       for (int i = 0; i < kElements; ++i) {
         const float next = fmaf(scaled, B[i], decay * row[i]);
-        sum[t * kRows + r] = fmaf(next, C[i], sum[t * kRows + r]);
-        row.set(i, from_float<S>(next));
+        of_row[r] = fmaf(next, C[i], of_row[r]);
+        row.set(i, next);
       }
-      if (left_of_row(t, r)) store_streaming(state + t * turn_step + r * row_step, row.words);
+      if (left_of_row(t, r)) store_streaming(state + t * turn_step + r * p.state_row, row.words);
     }
     if (t + kAhead < kTurns) load_turn(t + kAhead);
+    sum[t] = add_halves(add_halves(of_row[0], of_row[2], 16), add_halves(of_row[1], of_row[3], 16), 8);
   }
-  float out = fmaf(own_D, from_bits(kTypeOf<T>, own_x), sum_of_lane<L::kOfRow>(sum));
+  // In the order of step(), so that the bits are the same: a lane's turn is in its lowest bits.
+  float total;
+  if constexpr (kTurns == 1) total = add_lanes(sum[0], 1, kLanesOfRow);
+  if constexpr (kTurns == 2) total = add_lanes(add_halves(sum[0], sum[1], 1), 2, kLanesOfRow);
+  if constexpr (kTurns == 4) {
+    total = add_lanes(add_halves(add_halves(sum[0], sum[1], 1), add_halves(sum[2], sum[3], 1), 2), 4, kLanesOfRow);
+  }
+  float out = fmaf(own_D, from_bits(kTypeOf<T>, own_x), total);
   if (from.z) out *= silu(to_float(own_z));
   if (stores) static_cast<T*>(p.y)[int64_t(at.head_of_batch) * P + own] = from_float<T>(out);
 }
@@ -494,9 +500,9 @@ void run_step(const SsdStep& p, int64_t processors, cudaStream_t stream) {
 }
 
 // Tells whether the state is as much as this is for.
-template <typename T, typename S, int kTurns>
+template <typename T, int kTurns>
 bool run_in_turns(const SsdStep& p, int64_t processors, cudaStream_t stream) {
-  const int64_t blocks_of_head = ceil_div(p.P, int64_t(kTurns * kBlockRows<S, kRowsInTurns<S>>));
+  const int64_t blocks_of_head = ceil_div(p.P, int64_t(kTurns * kBlockRows<float, kTurnRows>));
   const int64_t blocks = p.batch * p.H * blocks_of_head;
   if (2 * blocks <= kBlocksInTurns * processors || blocks > kBlocksInTurns * processors) return false;
   Grid grid = step_grid(dim3(static_cast<unsigned>(blocks)), kStepThreads);
@@ -504,7 +510,7 @@ bool run_in_turns(const SsdStep& p, int64_t processors, cudaStream_t stream) {
   constexpr int64_t kReserved = 1024;
   const int64_t share = device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor) / ceil_div(blocks, processors);
   grid.shared_bytes = share / kReserved * kReserved - kReserved;
-  launch(ssd_step_in_turns_kernel<T, S, kTurns>, grid, stream,
+  launch(ssd_step_in_turns_kernel<T, kTurns>, grid, stream,
          StepArgs{p, Divisor(blocks_of_head), Divisor(p.H), Divisor(p.H / p.G), 0, 0});
   return true;
 }
@@ -533,10 +539,11 @@ void run_step(const SsdStep& p, cudaStream_t stream) {
       kBlockRows<S, 8> * p.N * sizeof(S) <= kMostTileBytes) {
     return run_step<T, S, 8, true, kRandom, true>(p, processors, stream);
   }
-  if constexpr (!kRandom) {
-    if (p.N == kChunk &&
-        (run_in_turns<T, S, 1>(p, processors, stream) || run_in_turns<T, S, 2>(p, processors, stream) ||
-         run_in_turns<T, S, 4>(p, processors, stream))) {
+  if constexpr (sizeof(S) == 4) {
+    // One token's projection leaves room for blocks that come and go.
+    if (p.after_projection && p.batch > 1 && p.N == kChunk &&
+        (run_in_turns<T, 1>(p, processors, stream) || run_in_turns<T, 2>(p, processors, stream) ||
+         run_in_turns<T, 4>(p, processors, stream))) {
       return;
     }
   }
