@@ -66,12 +66,12 @@ STABLE_TORCH_LIBRARY(bitkernels, m) {
       "Tensor? seq_idx=None, Tensor? cu_seqlens=None, bool dt_softplus=False, float dt_min=0.0, "
       "float? dt_max=None, int chunk_size=64) -> (Tensor dx, Tensor ddt, Tensor dA, Tensor dB, Tensor dC, "
       "Tensor dD, Tensor dz, Tensor ddt_bias, Tensor dinitial_states)");
-  // What ssd_scan_backward does there: rows of the batch whose states are held at once, and thread blocks over which
-  // the heads of a group are spread.
+  // What ssd_scan_backward does there: rows of the batch and tokens of them whose states are held at once, and thread
+  // blocks over which the heads of a group are spread.
   m.def(
       "ssd_scan_backward_hopper(Tensor dy, Tensor? dfinal_states, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, "
       "Tensor? D, Tensor? dt_bias, Tensor? initial_states, bool dt_softplus, float dt_min, float? dt_max, int rows, "
-      "int splits) -> (Tensor dx, Tensor ddt, Tensor dA, Tensor dB, Tensor dC, Tensor dD, Tensor dz, "
+      "int length, int splits) -> (Tensor dx, Tensor ddt, Tensor dA, Tensor dB, Tensor dC, Tensor dD, Tensor dz, "
       "Tensor ddt_bias, Tensor dinitial_states)");
   m.def(
       "ssd_step(Tensor(a!) state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D=None, "

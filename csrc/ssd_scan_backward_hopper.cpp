@@ -20,7 +20,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     const Tensor& dy, const std::optional<Tensor>& dfinal_states, const Tensor& x, const Tensor& dt, const Tensor& A,
     const Tensor& B, const Tensor& C, const std::optional<Tensor>& D, const std::optional<Tensor>& dt_bias,
     const std::optional<Tensor>& initial_states, bool dt_softplus, double dt_min, std::optional<double> dt_max,
-    int64_t rows, int64_t splits) {
+    int64_t rows, int64_t length, int64_t splits) {
   constexpr const char* op = "ssd_scan_backward_hopper";
   constexpr ScalarType acc = ScalarType::Float;
   const Tensor Ad = as_dtype(A, acc);
@@ -64,6 +64,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
                              .G = B.size(2),
                              .N = B.size(3),
                              .rows = rows,
+                             .length = length,
                              .splits = splits};
   const std::optional<Tensor> workspace = workspace_like(x, cuda::ssd_scan_backward_hopper_workspace(args));
   args.workspace = mutable_data_or_null(workspace);

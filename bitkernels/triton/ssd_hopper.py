@@ -19,9 +19,10 @@ FORWARD_HEADS, BACKWARD_HEADS = 0.18, 0.3
 STATES_COST = 0.4
 # Of a sequence: more would make less outputs each than states before them.
 MAX_PARTS = 4
-# Of states and their gradients: of sequences held at once, and of the longest sequence.
+# Of states and their gradients: of sequences held at once, and of a sequence at once. Parts of a sequence cost another
+# walk through it, as the states before all parts are needed first.
 STATE_BYTES = 2**27
-MAX_STATE_BYTES = 2**32
+PART_BYTES = 2**29
 # What a thread block of the gradients does before and after its heads, in heads.
 AROUND_HEADS = 2
 
@@ -77,18 +78,19 @@ def row_bytes(x: Tensor, B: Tensor) -> int:
 
 
 def backward_on_hopper(dy, dfinal_states, x, dt, B, C, D, z, initial_states, seq_idx, cu_seqlens) -> bool:
-    """Whether the kernels of the backward scan take it: no gate, one D a head, states that fit."""
+    """Whether the kernels of the backward scan take it: no gate, one D a head."""
     if not (z is None and seq_idx is None and cu_seqlens is None and (D is None or D.dim() == 1)):
         return False
-    if dt.dtype == torch.float64 or row_bytes(x, B) > MAX_STATE_BYTES:
+    if dt.dtype == torch.float64:
         return False
     return fits("ssd_scan_backward_hopper", BACKWARD_HEADS, x, B, (dy, x, B, C), (dfinal_states, initial_states))
 
 
-def divide_backward(x: Tensor, B: Tensor) -> tuple[int, int]:
-    """Sequences whose states are held at once, and thread blocks over which the heads of a group are spread."""
+def divide_backward(x: Tensor, B: Tensor) -> tuple[int, int, int]:
+    """Sequences and tokens of them whose states are held at once, and thread blocks that share the heads of a group."""
     batch, T, H, _ = x.shape
-    blocks, heads = cdiv(T, BLOCK_T) * B.shape[2], H // B.shape[2]
+    length = cdiv(cdiv(T, BLOCK_T), cdiv(row_bytes(x, B), PART_BYTES)) * BLOCK_T
+    blocks, heads = cdiv(min(T, length), BLOCK_T) * B.shape[2], H // B.shape[2]
     slots = torch.cuda.get_device_properties(x.device).multi_processor_count
 
     def time(division: tuple[int, int]) -> int:
@@ -102,4 +104,5 @@ def divide_backward(x: Tensor, B: Tensor) -> tuple[int, int]:
         for rows in range(1, most + 1)
         for splits in range(1, min(heads, cdiv(2 * slots, rows * blocks)) + 1)
     ]
-    return min(choices, key=time)
+    rows, splits = min(choices, key=time)
+    return rows, length, splits

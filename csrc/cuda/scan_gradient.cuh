@@ -20,7 +20,9 @@ struct GradientProblem {
   DType dt_dtype;
   bool parts;  // dB and dC are sums of a part of the heads, in float32
   int64_t batch;
-  int T, H, G, blocks, splits, first_row;
+  int T, H, G, splits;
+  int blocks, first_block;  // of this part of time
+  int first_row;            // of the batch, of those whose states are held
 };
 
 // Of one head, on their way to the warp that adds up: what tokens j, i or decays k get from where.
@@ -63,7 +65,7 @@ struct GradientPlace {
   SharedAddress out;      // [tokens, 64]: dx
   SharedAddress weights;  // [j, i] in 16 bits: (C B^T)^T * decay * dt, in the end the gradient of (C B^T)^T
   SharedAddress ones;     // [k, i]: one where i >= k
-  int block, part_row, row, group, split, first_head, heads;
+  int block, token, part_row, row, group, split, first_head, heads;
 
   __device__ GradientPlace(uint4* shared, const GradientProblem& p) {
     CB = reinterpret_cast<float4*>(shared);
@@ -83,6 +85,7 @@ struct GradientPlace {
     weights = out + kScanBoxBytes;
     ones = weights + kScanBoxBytes;
     block = static_cast<int>(blockIdx.x) % p.blocks;
+    token = (p.first_block + block) * kScanTokens;
     part_row = static_cast<int>(blockIdx.x) / p.blocks;
     row = p.first_row + part_row;
     split = blockIdx.y;
@@ -131,12 +134,11 @@ __device__ void fetch_heads(const GradientPlace<N>& at, const GradientProblem& p
                             const CUtensorMap& dy, const CUtensorMap& B, const CUtensorMap& C, const CUtensorMap& h,
                             const CUtensorMap& dh) {
   using Place = GradientPlace<N>;
-  const int token = at.block * kScanTokens;
   barrier_arrive_expecting(at.ready, 2 * Place::kStateBytes);
 #pragma unroll
   for (int i = 0; i < Place::kBoxes; ++i) {
-    load_tokens(&B, at.B + i * kScanBoxBytes, at.ready, 64 * i, at.group, token, at.row);
-    load_tokens(&C, at.C + i * kScanBoxBytes, at.ready, 64 * i, at.group, token, at.row);
+    load_tokens(&B, at.B + i * kScanBoxBytes, at.ready, 64 * i, at.group, at.token, at.row);
+    load_tokens(&C, at.C + i * kScanBoxBytes, at.ready, 64 * i, at.group, at.token, at.row);
   }
   for (int n = 0; n < at.heads; ++n) {
     at.wait_empty(n);
@@ -146,8 +148,8 @@ __device__ void fetch_heads(const GradientPlace<N>& at, const GradientProblem& p
     const int state_row = static_cast<int>(place * kHeaddim);
     barrier_arrive_expecting(full, Place::kStageBytes + sizeof(ScanRows));
     load_bytes(shared_address(at.rows + n % kGradientStages), p.rows + place, sizeof(ScanRows), full);
-    load_tokens(&x, stage, full, 0, head, token, at.row);
-    load_tokens(&dy, stage + Place::kDy, full, 0, head, token, at.row);
+    load_tokens(&x, stage, full, 0, head, at.token, at.row);
+    load_tokens(&dy, stage + Place::kDy, full, 0, head, at.token, at.row);
 #pragma unroll
     for (int i = 0; i < Place::kBoxes; ++i) {
       load_box(&h, stage + Place::kH + i * kScanBoxBytes, full, 64 * i, state_row);
@@ -204,7 +206,7 @@ __device__ void add_up(const GradientPlace<N>& at, const GradientProblem& p, int
       barrier_arrive(at.added + n % 2 * 8);
       barrier_arrive(at.empty + n % kGradientStages * 8);
     }
-    const int token = at.block * kScanTokens + 2 * lane;
+    const int token = at.token + 2 * lane;
     const int64_t first = (int64_t(at.row) * p.T + token) * p.H + head;
     if (token < p.T) store(p.ddt, p.dt_dtype, first, ddt[0]);
     if (token + 1 < p.T) store(p.ddt, p.dt_dtype, first + p.H, ddt[1]);

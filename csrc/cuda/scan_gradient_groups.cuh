@@ -49,7 +49,7 @@ __device__ __forceinline__ void store_group(const GradientPlace<N>& at, const Gr
   for (int box = 0; box < N / kColumns; ++box) pin(sum[box]);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const int token = at.block * kScanTokens + row + 8 * half;
+    const int token = at.token + row + 8 * half;
     if (token >= p.T) continue;
     const int64_t split = p.parts ? at.split * p.batch : 0;
     const int64_t first = (((split + at.row) * p.T + token) * p.G + at.group) * N + 2 * t;
@@ -204,7 +204,7 @@ __device__ void leave_gradients(const GradientPlace<N>& at, const GradientProble
     copy_engine_fence();
     __syncwarp();
     if (lane == 0) {
-      store_tokens(&dx_map, at.out + 16 * warp * 128, 0, at.first_head + n, at.block * kScanTokens + 16 * warp, at.row);
+      store_tokens(&dx_map, at.out + 16 * warp * 128, 0, at.first_head + n, at.token + 16 * warp, at.row);
       commit_stores();
     }
 #pragma unroll

@@ -34,7 +34,7 @@ __device__ inline float clamp_step(float v, float low, float high) {
   return v < low ? low : v > high ? high : v;  // NaN stays
 }
 
-// dt of two neighbouring tokens of a head and block for every lane of a warp, as bits: to convert them would be to
+// dt of two neighbouring tokens of a head, from `token` on, for every lane of a warp, as bits: to convert them would be to
 // wait for them.
 struct StepReader {
   const void* dt;
@@ -42,10 +42,10 @@ struct StepReader {
   int T;
   DType dtype;
 
-  __device__ void fetch(int block, int lane, uint32_t (&bits)[2]) const {
+  __device__ void fetch(int token, int lane, uint32_t (&bits)[2]) const {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int t = min(block * kScanTokens + 2 * lane + i, T - 1);
+      const int t = min(token + 2 * lane + i, T - 1);
       const int64_t at = first + t * stride;
       bits[i] = dtype == DType::kFloat32 ? static_cast<const uint32_t*>(dt)[at] : static_cast<const uint16_t*>(dt)[at];
     }
@@ -79,10 +79,10 @@ __device__ void produce_decays(const ScanPlace<N>& at, const ScanProblem& p, int
   const StepReader reader{p.dt, at.row * p.dt_batch + at.head * p.dt_head, p.dt_time, p.T, p.dt_dtype};
   const auto step_size = [&](float v) { return clamp_step(p.dt_softplus ? soft_plus(v) : v, p.dt_min, p.dt_max); };
   uint32_t next[2];
-  reader.fetch(warp, lane, next);
+  reader.fetch(warp * kScanTokens, lane, next);
   for (int b = warp; b < at.end; b += kDecayWarps) {
     const float v[2] = {reader.value(next[0]), reader.value(next[1])};
-    reader.fetch(b + kDecayWarps, lane, next);
+    reader.fetch((b + kDecayWarps) * kScanTokens, lane, next);
     const int left = p.T - b * kScanTokens - 2 * lane;
     const float step[2] = {left > 0 ? step_size(v[0] + bias) : 0.0f, left > 1 ? step_size(v[1] + bias) : 0.0f};
     float end;

@@ -1,16 +1,22 @@
 // The first kernel of the backward scan: a thread block walks through one head of one batch row, forward in time for
 // the state before every block or backward for the gradient of the state after it, and leaves them in memory in 16
-// bits. One warpgroup holds the state; of another, one warp fetches and three turn dt into decays.
+// bits. One warpgroup holds the state; of another, one warp fetches and two turn dt into decays.
+//
+// The gradient of A adds up much that cancels, and wants more than 16 bits. So what a block adds to the state is a
+// product of operands in two parts, and a walk finds what the rounding of the states it stores takes from dA: the inner
+// product of what was lost with the derivative of what the block's tokens make of the state.
 #pragma once
 
+#include "reduce.cuh"
 #include "scan_produce.cuh"
 #include "scan_state.cuh"
 
 namespace bitkernels::cuda {
 
-constexpr int kWalkStages = 3;
-constexpr int kWalkDecayWarps = 3;
+constexpr int kWalkStages = 2;
+constexpr int kWalkDecayWarps = 2;
 constexpr int kWalkThreads = 2 * kScanWarpgroup;
+constexpr int kLostRows = 8;  // a warp's in a direction of time
 
 // Of one head and block, as the second kernel reads it.
 struct ScanRows {
@@ -24,49 +30,53 @@ struct WalkProblem {
   const float *A, *dt_bias, *initial, *dfinal;
   float* dinitial;
   ScanRows* rows;
+  float* lost;  // [B, kLostRows, H] of dA, by rounding the states
   int64_t dt_batch, dt_time, dt_head;
   float dt_min, dt_max;
   DType dt_dtype;
   bool dt_softplus;
-  int T, H, heads_per_group, blocks;
-  int first_row;  // of the batch, of those whose states are held
+  int T, H, heads_per_group;
+  int blocks, first_block;  // of this part of time
+  int first_row;            // of the batch, of those whose states are held
 };
 
 template <int N>
 struct WalkPlace {
   static constexpr int kBoxes = N / 64;
   static constexpr int kStateBytes = kBoxes * kScanBoxBytes;
-  static constexpr int kStageBytes = kScanBoxBytes + kStateBytes;  // x and B, or dy and C
-  static constexpr int kSlots = 2;                                 // of states on their way to memory
-  static constexpr int kPlainBytes = kWalkStages * (kScanTokens + 4) * sizeof(float) + 16 * kWalkStages;
-  static constexpr int kSharedBytes =
-      1024 + (kPlainBytes + 1023) / 1024 * 1024 + kWalkStages * kStageBytes + kSlots * kStateBytes;
+  static constexpr int kOther = kScanBoxBytes + kStateBytes;  // in a stage, after what leads the state
+  static constexpr int kOut = kOther + kScanBoxBytes;         // C or B, then the state on its way to memory
+  static constexpr int kStageBytes = kOut + kStateBytes;
+  static constexpr int kPlainBytes = kWalkStages * (2 * kScanTokens + 4) * sizeof(float) + 16 * kWalkStages;
+  static constexpr int kSharedBytes = 1024 + (kPlainBytes + 1023) / 1024 * 1024 + kWalkStages * kStageBytes;
 
-  float* scales;         // [stages][64] of a token's x or dy
+  float* scales;         // [stages][64] of a token's x or dy in the state
+  float* weights;        // [stages][64] of its dy or x in what the state gives dA
   float* kept;           // [stages][4] what is left of the state
   SharedAddress full;    // [stages] barriers: a stage has landed
   SharedAddress empty;   // [stages]: and was read
-  SharedAddress stages;  // x and B, or dy and C, as boxes of 64 columns
-  SharedAddress states;  // [slots] of [64, N], in boxes of 64 columns
+  SharedAddress stages;  // x, B, dy, C or dy, C, x, B as boxes of 64 columns
   bool backward;
-  int part_row, row, head, group, blocks;
+  int part_row, row, head, group, blocks, first_token;
 
   __device__ WalkPlace(uint4* shared, const WalkProblem& p) {
     scales = reinterpret_cast<float*>(shared);
-    kept = scales + kWalkStages * kScanTokens;
+    weights = scales + kWalkStages * kScanTokens;
+    kept = weights + kWalkStages * kScanTokens;
     full = shared_address(kept + kWalkStages * 4);
     empty = full + 8 * kWalkStages;
     stages = (empty + 8 * kWalkStages + 1023) & ~1023u;
-    states = stages + kWalkStages * kStageBytes;
     backward = blockIdx.y;
     part_row = static_cast<int>(blockIdx.x) / p.H;
     row = p.first_row + part_row;
     head = static_cast<int>(blockIdx.x) % p.H;
     group = head / p.heads_per_group;
     blocks = p.blocks;
+    first_token = p.first_block * kScanTokens;
   }
 
   __device__ int block(int step) const { return backward ? blocks - 1 - step : step; }
+  __device__ int token(int step) const { return first_token + block(step) * kScanTokens; }
   __device__ SharedAddress stage(int step) const { return stages + step % kWalkStages * kStageBytes; }
   __device__ void wait_full(int step) const { barrier_wait(full + step % kWalkStages * 8, step / kWalkStages % 2); }
   __device__ void wait_empty(int step) const {
@@ -75,18 +85,23 @@ struct WalkPlace {
 };
 
 template <int N>
-__device__ void fetch_walk(const WalkPlace<N>& at, const CUtensorMap& u, const CUtensorMap& v) {
+__device__ void fetch_walk(const WalkPlace<N>& at, const CUtensorMap& u, const CUtensorMap& v,
+                           const CUtensorMap& other_u, const CUtensorMap& other_v) {
   using Place = WalkPlace<N>;
   for (int s = 0; s < at.blocks; ++s) {
     at.wait_empty(s);
     const SharedAddress full = at.full + s % kWalkStages * 8;
-    const int token = at.block(s) * kScanTokens;
+    const int token = at.token(s);
     barrier_arrive_expecting(full, Place::kStageBytes);
-    load_tokens(&u, at.stage(s), full, 0, at.head, token, at.row);
+    const auto load = [&](const CUtensorMap& of_head, const CUtensorMap& of_group, SharedAddress to) {
+      load_tokens(&of_head, to, full, 0, at.head, token, at.row);
 #pragma unroll
-    for (int i = 0; i < Place::kBoxes; ++i) {
-      load_tokens(&v, at.stage(s) + (i + 1) * kScanBoxBytes, full, 64 * i, at.group, token, at.row);
-    }
+      for (int i = 0; i < Place::kBoxes; ++i) {
+        load_tokens(&of_group, to + (i + 1) * kScanBoxBytes, full, 64 * i, at.group, token, at.row);
+      }
+    };
+    load(other_u, other_v, at.stage(s) + Place::kOther);
+    load(u, v, at.stage(s));
   }
 }
 
@@ -99,34 +114,59 @@ __device__ void decays_of_walk(const WalkPlace<N>& at, const WalkProblem& p, int
   const float bias = p.dt_bias ? p.dt_bias[at.head] : 0.0f;
   const StepReader reader{p.dt, at.row * p.dt_batch + at.head * p.dt_head, p.dt_time, p.T, p.dt_dtype};
   uint32_t next[2];
-  reader.fetch(at.block(min(warp, at.blocks - 1)), lane, next);
+  reader.fetch(at.token(min(warp, at.blocks - 1)), lane, next);
   for (int s = warp; s < at.blocks; s += kWalkDecayWarps) {
-    const int b = at.block(s);
     const float v[2] = {reader.value(next[0]) + bias, reader.value(next[1]) + bias};
-    reader.fetch(at.block(min(s + kWalkDecayWarps, at.blocks - 1)), lane, next);
+    reader.fetch(at.token(min(s + kWalkDecayWarps, at.blocks - 1)), lane, next);
     float step[2], slope[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const bool there = b * kScanTokens + 2 * lane + i < p.T;
+      const bool there = at.token(s) + 2 * lane + i < p.T;
       const float raw = p.dt_softplus ? soft_plus(v[i]) : v[i];
       step[i] = there ? clamp_step(raw, p.dt_min, p.dt_max) : 0.0f;
       slope[i] = !there || raw < p.dt_min || raw > p.dt_max ? 0.0f : p.dt_softplus ? 1.0f / (1.0f + expf(-v[i])) : 1.0f;
     }
     float end;
-    const float2 totals = running_sums(step[0] * A, step[1] * A, lane, end);
+    const float2 since = running_sums(step[0], step[1], lane, end);
+    const float2 totals = {since.x * A, since.y * A};
+    const float2 enter = {exp2_fast(totals.x), exp2_fast(totals.y)};
+    const float2 leave = {exp2_fast((end - since.x) * A) * step[0], exp2_fast((end - since.y) * A) * step[1]};
     at.wait_empty(s);
     const int stage = s % kWalkStages;
-    reinterpret_cast<float2*>(at.scales + stage * kScanTokens)[lane] =
-        at.backward ? float2{exp2_fast(totals.x), exp2_fast(totals.y)}
-                    : float2{exp2_fast(end - totals.x) * step[0], exp2_fast(end - totals.y) * step[1]};
-    if (lane == 0) at.kept[4 * stage] = exp2_fast(end);
+    reinterpret_cast<float2*>(at.scales + stage * kScanTokens)[lane] = at.backward ? enter : leave;
+    reinterpret_cast<float2*>(at.weights + stage * kScanTokens)[lane] =
+        at.backward ? float2{leave.x * (end - since.x), leave.y * (end - since.y)}
+                    : float2{enter.x * since.x, enter.y * since.y};
+    if (lane == 0) at.kept[4 * stage] = exp2_fast(end * A);
     __syncwarp();
     if (lane == 0) barrier_arrive(at.full + stage * 8);
     if (!at.backward) {
-      ScanRows& to = p.rows[(int64_t(at.part_row) * at.blocks + b) * p.H + at.head];
+      ScanRows& to = p.rows[(int64_t(at.part_row) * at.blocks + at.block(s)) * p.H + at.head];
       reinterpret_cast<float2*>(to.total)[lane] = totals;
       reinterpret_cast<float2*>(to.step)[lane] = {step[0], step[1]};
       reinterpret_cast<float2*>(to.slope)[lane] = {slope[0], slope[1]};
+    }
+  }
+}
+
+// load_scaled() in two parts, the second what the rounding of the first leaves out.
+template <typename T>
+__device__ __forceinline__ void load_split(SharedAddress x, const float* scales, int t,
+                                           uint32_t (&high)[kScanTokens / 16][4],
+                                           uint32_t (&low)[kScanTokens / 16][4]) {
+  const float2* scale_of = reinterpret_cast<const float2*>(scales) + t;
+#pragma unroll
+  for (int k = 0; k < kScanTokens / 16; ++k) {
+    load_transposed(x + k * 16 * 128, high[k]);
+    const float2 first = scale_of[8 * k], last = scale_of[8 * k + 4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      float2 v = unpack_pair(T(), high[k][i]);
+      const float2 scale = i < 2 ? first : last;
+      v = {v.x * scale.x, v.y * scale.y};
+      high[k][i] = pack_pair(T(), v.x, v.y);
+      const float2 rounded = unpack_pair(T(), high[k][i]);
+      low[k][i] = pack_pair(T(), v.x - rounded.x, v.y - rounded.y);
     }
   }
 }
@@ -143,58 +183,75 @@ __device__ void walk(const WalkPlace<N>& at, const WalkProblem& p, const CUtenso
   float h[N / 2];
   load_state<N>(enter ? enter + of_state : nullptr, row, t, h);
   const int u_at = transposed_at(warp, lane);
-  const auto added = [&](int s, uint32_t (&a)[kSteps][4]) {
-    at.wait_full(s);
-    load_scaled<T>(at.stage(s) + u_at, at.scales + s % kWalkStages * kScanTokens, t, a);
-  };
   const int h_at = in_box(16 * warp + lane % 16, lane / 16);
   const int blocks = uniform(at.blocks);
-  uint32_t a[kSteps][4];
-  added(0, a);
+  float lost[2] = {};
   for (int s = 0; s < blocks; ++s) {
-    uint32_t before[N / 4];
-#pragma unroll
-    for (int i = 0; i < N / 4; ++i) before[i] = pack_pair(T(), h[2 * i], h[2 * i + 1]);
-    const float kept = at.kept[s % kWalkStages * 4];
-#pragma unroll
-    for (int i = 0; i < N / 2; ++i) h[i] *= kept;
-    const uint64_t v = wgmma_rows_descriptor(at.stage(s) + kScanBoxBytes, kScanBoxBytes);
+    at.wait_full(s);
+    const SharedAddress stage = at.stage(s);
+    const int of_stage = s % kWalkStages * kScanTokens;
+
+    // What the block makes of the state, in its share of dA: for what the rounding of the state takes from that.
+    uint32_t a[kSteps][4], high[kSteps][4], low[kSteps][4];
+    load_scaled<T>(stage + Place::kOther + u_at, at.weights + of_stage, t, a);
+    float gives[N / 2];
+    const uint64_t other_v = wgmma_rows_descriptor(stage + Place::kOut, kScanBoxBytes);
     wgmma_fence();
 #pragma unroll
-    for (int k = 0; k < kSteps; ++k) wgmma_rows(T(), h, a[k], v + k * 16 * 128 / 16, 1);
+    for (int k = 0; k < kSteps; ++k) wgmma_rows(T(), gives, a[k], other_v + k * 16 * 128 / 16, k > 0);
+    wgmma_commit();
+    load_split<T>(stage + u_at, at.scales + of_stage, t, high, low);
+    const float kept = at.kept[s % kWalkStages * 4];
+    wgmma_wait<0>();
+    pin(gives);
+    pin(a);
+
+    uint32_t before[N / 4];
+#pragma unroll
+    for (int i = 0; i < N / 4; ++i) {
+      before[i] = pack_pair(T(), h[2 * i], h[2 * i + 1]);
+      const float2 rounded = unpack_pair(T(), before[i]);
+      lost[0] += (h[2 * i] - rounded.x) * gives[2 * i];
+      lost[1] += (h[2 * i + 1] - rounded.y) * gives[2 * i + 1];
+      h[2 * i] *= kept;
+      h[2 * i + 1] *= kept;
+    }
+    const uint64_t v = wgmma_rows_descriptor(stage + kScanBoxBytes, kScanBoxBytes);
+    wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < kSteps; ++k) wgmma_rows(T(), h, high[k], v + k * 16 * 128 / 16, 1);
+#pragma unroll
+    for (int k = 0; k < kSteps; ++k) wgmma_rows(T(), h, low[k], v + k * 16 * 128 / 16, 1);
     wgmma_commit();
 
-    // Every warp stores its own rows; the copy of two blocks ago has read them.
-    const SharedAddress slot = at.states + s % Place::kSlots * Place::kStateBytes;
-    if (lane == 0) wait_for_stores_to_read<Place::kSlots - 1>();
-    __syncwarp();
-    store_boxes(slot, h_at, before);
+    // Every warp stores its own rows, in the place of an operand that all warps have done with.
+    named_barrier(1, kScanWarpgroup);
+    store_boxes(stage + Place::kOut, h_at, before);
     copy_engine_fence();
     __syncwarp();
     if (lane == 0) {
       const int64_t of_block = (int64_t(at.part_row) * blocks + at.block(s)) * p.H + at.head;
 #pragma unroll
       for (int i = 0; i < Place::kBoxes; ++i) {
-        store_box(&states, slot + i * kScanBoxBytes + 16 * warp * 128, 64 * i,
+        store_box(&states, stage + Place::kOut + i * kScanBoxBytes + 16 * warp * 128, 64 * i,
                   static_cast<int>(of_block * kHeaddim + 16 * warp));
       }
       commit_stores();
+      wait_for_stores_to_read();
     }
-    uint32_t next[kSteps][4];
-    if (s + 1 < blocks) added(s + 1, next);
     wgmma_wait<0>();
     pin(h);
-    pin(a);
+    pin(high);
+    pin(low);
     __syncwarp();
     if (lane == 0) barrier_arrive(at.empty + s % kWalkStages * 8);
-#pragma unroll
-    for (int k = 0; k < kSteps; ++k) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) a[k][i] = next[k][i];
-    }
   }
   if (at.backward && p.dinitial) store_state<N>(p.dinitial + of_state, row, t, h);
-  if (lane == 0) wait_for_stores();
+  const float of_warp = warp_reduce(lost[0] + lost[1], Sum());
+  if (lane == 0) {
+    p.lost[(int64_t(at.row) * kLostRows + 4 * at.backward + warp) * p.H + at.head] = of_warp;
+    wait_for_stores();
+  }
 }
 
 template <typename T, int N>
@@ -215,14 +272,14 @@ __global__ void __launch_bounds__(kWalkThreads, 2)
   __syncthreads();
   const int warp = uniform(threadIdx.x / 32);
   if (warp < kScanWarpgroup / 32) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 48;");
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
     if (warp < kWalkDecayWarps) {
       decays_of_walk(at, p, warp, threadIdx.x % 32);
     } else if (threadIdx.x % 32 == 0) {
-      fetch_walk(at, at.backward ? dy : x, at.backward ? C : B);
+      at.backward ? fetch_walk(at, dy, C, x, B) : fetch_walk(at, x, B, dy, C);
     }
   } else {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 208;");
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 216;");
     walk<T, N>(at, p, at.backward ? dh : h);
   }
 #endif

@@ -1,6 +1,8 @@
 // The backward SSD scan on Hopper, in two kernels and one that adds parts: the states before every block of 64 tokens
 // and the gradients of those after it, by walks through every head, and then all gradients of a block from them, all
-// blocks at once. See docs/kernels/ssd_scan.md.
+// blocks at once, of a part of time where there are many. See docs/kernels/ssd_scan.md.
+#include <algorithm>
+
 #include "reduce.cuh"
 #include "scan_gradient_groups.cuh"
 #include "scan_gradient_pairs.cuh"
@@ -63,10 +65,10 @@ __global__ void __launch_bounds__(kGradientThreads, 1)
 }
 
 struct PartSums {
-  const float *head_sums, *dB_parts, *dC_parts;
+  const float *head_sums, *lost, *dB_parts, *dC_parts;
   float *dA, *ddt_bias, *dD;
   void *dB, *dC;
-  int64_t rows, H, splits, size;  // of head_sums, and of one part of dB or dC
+  int64_t rows, lost_rows, H, splits, size;  // of head_sums, of lost, and of one part of dB or dC
 };
 
 // Sums in a fixed order: over blocks for heads (blockIdx.y = 0), a warp each, and over splits for dB and dC.
@@ -82,6 +84,7 @@ __global__ void __launch_bounds__(256) sum_parts_kernel(PartSums p) {
 #pragma unroll
       for (int i = 0; i < 3; ++i) sums[i] += p.head_sums[(r * p.H + head) * 3 + i];
     }
+    for (int64_t r = lane; r < p.lost_rows; r += 32) sums[0] += p.lost[r * p.H + head];
 #pragma unroll
     for (int i = 0; i < 3; ++i) sums[i] = warp_reduce(sums[i], Sum());
     if (lane != 0) return;
@@ -103,30 +106,77 @@ __global__ void __launch_bounds__(256) sum_parts_kernel(PartSums p) {
   }
 }
 
-// Where things are in the workspace.
+// Where things are in the workspace. Time is taken in parts, so that a part's h and dh are all that is held of them.
 struct Workspace {
-  uint16_t *h, *dh;            // [rows, blocks, H, 64, N] in dtype: before every block, and after it
-  ScanRows* rows;              // [rows, blocks, H]
-  float* head_sums;            // [B, blocks, H, 3]: parts of dA, ddt_bias and dD
+  int64_t parts, part_blocks;
+  uint16_t *h, *dh;            // [rows, blocks of a part, H, 64, N] in dtype: before every block, and after it
+  ScanRows* rows;              // [rows, blocks of a part, H]
+  float* head_sums;            // of every part [B, blocks, H, 3]: parts of dA, ddt_bias and dD
+  float* lost;                 // [parts, B, kLostRows, H] of dA
   float *dB_parts, *dC_parts;  // [splits, B, T, G, N], if there are several
+  float* borders;              // [parts - 1, B, H, 64, N]: the states before all parts but the first
+  float* dborder;              // [B, H, 64, N] the gradient of the states after a part, if there are several
   int64_t bytes;
 
   explicit Workspace(const SsdScanBackward& s) {
-    const int64_t blocks = ceil_div(s.T, kScanTokens);
-    const int64_t states = s.rows * blocks * s.H * kHeaddim * s.N;
-    const int64_t parts = s.splits > 1 ? s.splits * s.batch * s.T * s.G * s.N : 0;
+    parts = ceil_div(s.T, s.length);
+    part_blocks = ceil_div(std::min(s.length, s.T), kScanTokens);
+    const int64_t states = s.rows * part_blocks * s.H * kHeaddim * s.N;
+    const int64_t sums = s.splits > 1 ? s.splits * s.batch * s.T * s.G * s.N : 0;
+    const int64_t border = state_size(s);
     h = static_cast<uint16_t*>(s.workspace);
     dh = h + states;
     dB_parts = reinterpret_cast<float*>(dh + states);
-    dC_parts = dB_parts + parts;
-    rows = reinterpret_cast<ScanRows*>(dC_parts + parts);
-    head_sums = reinterpret_cast<float*>(rows + s.rows * blocks * s.H);
-    bytes = 2 * states * sizeof(uint16_t) + 2 * parts * sizeof(float) + s.rows * blocks * s.H * sizeof(ScanRows) +
-            s.batch * blocks * s.H * 3 * sizeof(float);
+    dC_parts = dB_parts + sums;
+    borders = dC_parts + sums;
+    dborder = borders + (parts - 1) * border;
+    rows = reinterpret_cast<ScanRows*>(dborder + (parts > 1 ? border : 0));
+    head_sums = reinterpret_cast<float*>(rows + s.rows * part_blocks * s.H);
+    lost = head_sums + s.batch * ceil_div(s.T, kScanTokens) * s.H * 3;
+    bytes = (lost + parts * s.batch * kLostRows * s.H - static_cast<float*>(s.workspace)) * sizeof(float);
   }
+
+  static int64_t state_size(const SsdScanBackward& s) { return s.batch * s.H * kHeaddim * s.N; }
+  float* border(const SsdScanBackward& s, int64_t part) const { return borders + (part - 1) * state_size(s); }
+  const float* before(const SsdScanBackward& s, int64_t part) const { return part == 0 ? s.initial : border(s, part); }
 };
 
 int64_t ssd_scan_backward_hopper_workspace(const SsdScanBackward& s) { return Workspace(s).bytes; }
+
+// The state after a part, from the one before it.
+void lead_states(const SsdScanBackward& s, const Workspace& work, int64_t part, cudaStream_t stream) {
+  const auto of_part = [&](const ScanTensor& t, DType dtype) {
+    const int64_t bytes = part * s.length * t.time * (dtype == DType::kFloat32 ? 4 : 2);
+    return ScanTensor{static_cast<const char*>(t.data) + bytes, t.batch, t.time, t.head};
+  };
+  const ScanTensor B = of_part(s.B, s.dtype);
+  ssd_scan_hopper({.x = of_part(s.x, s.dtype),
+                   .B = B,
+                   .C = B,
+                   .z = {},
+                   .dt = of_part(s.dt, s.dt_dtype),
+                   .A = s.A,
+                   .D = nullptr,
+                   .dt_bias = s.dt_bias,
+                   .initial_states = work.before(s, part),
+                   .y = nullptr,
+                   .final_states = work.border(s, part + 1),
+                   .dtype = s.dtype,
+                   .dt_dtype = s.dt_dtype,
+                   .D_head = 0,
+                   .D_channel = 0,
+                   .dt_softplus = s.dt_softplus,
+                   .dt_min = s.dt_min,
+                   .dt_max = s.dt_max,
+                   .batch = s.batch,
+                   .T = s.length,
+                   .H = s.H,
+                   .G = s.G,
+                   .N = s.N,
+                   .parts = 1,
+                   .states_cost = 0.0},
+                  stream);
+}
 
 template <typename T, int N>
 void run_backward(const SsdScanBackward& s, cudaStream_t stream) {
@@ -138,7 +188,7 @@ void run_backward(const SsdScanBackward& s, cudaStream_t stream) {
   const CUtensorMap x = map(s.x, s.H, kHeaddim), dy = map(s.dy, s.H, kHeaddim);
   const CUtensorMap B = map(s.B, s.G, N), C = map(s.C, s.G, N);
   const CUtensorMap dx = map({s.dx, s.T * s.H * kHeaddim, s.H * kHeaddim, kHeaddim}, s.H, kHeaddim, kScanTokens / 4);
-  const int64_t state_rows = s.rows * blocks * s.H * kHeaddim;
+  const int64_t state_rows = s.rows * work.part_blocks * s.H * kHeaddim;
   // Written by warps, sixteen rows each, read whole.
   const auto states = [&](const void* of, int rows) { return matrix_map<T>(of, state_rows, N, rows); };
   const CUtensorMap h_out = states(work.h, 16), dh_out = states(work.dh, 16);
@@ -146,9 +196,6 @@ void run_backward(const SsdScanBackward& s, cudaStream_t stream) {
   WalkProblem w{.dt = s.dt.data,
                 .A = s.A,
                 .dt_bias = s.dt_bias,
-                .initial = s.initial,
-                .dfinal = s.dfinal,
-                .dinitial = s.dinitial,
                 .rows = work.rows,
                 .dt_batch = s.dt.batch,
                 .dt_time = s.dt.time,
@@ -159,38 +206,47 @@ void run_backward(const SsdScanBackward& s, cudaStream_t stream) {
                 .dt_softplus = s.dt_softplus,
                 .T = static_cast<int>(s.T),
                 .H = static_cast<int>(s.H),
-                .heads_per_group = static_cast<int>(s.H / s.G),
-                .blocks = static_cast<int>(blocks)};
-  const bool parts = s.splits > 1;
+                .heads_per_group = static_cast<int>(s.H / s.G)};
+  const bool shared = s.splits > 1;
   GradientProblem g{.rows = w.rows,
                     .A = s.A,
                     .D = s.D,
-                    .head_sums = work.head_sums,
                     .ddt = s.ddt,
-                    .dB = parts ? work.dB_parts : s.dB,
-                    .dC = parts ? work.dC_parts : s.dC,
+                    .dB = shared ? work.dB_parts : s.dB,
+                    .dC = shared ? work.dC_parts : s.dC,
                     .dt_dtype = s.dt_dtype,
-                    .parts = parts,
+                    .parts = shared,
                     .batch = s.batch,
                     .T = w.T,
                     .H = w.H,
                     .G = static_cast<int>(s.G),
-                    .blocks = w.blocks,
                     .splits = static_cast<int>(s.splits)};
-  for (int64_t row = 0; row < s.batch; row += s.rows) {
-    const int64_t rows = s.batch - row < s.rows ? s.batch - row : s.rows;
-    w.first_row = g.first_row = static_cast<int>(row);
-    const Grid heads{.blocks = dim3(static_cast<unsigned>(rows * s.H), 2),
-                     .threads = kWalkThreads,
-                     .shared_bytes = WalkPlace<N>::kSharedBytes};
-    launch(scan_walk_kernel<T, N>, heads, stream, x, B, dy, C, h_out, dh_out, w);
-    const Grid tokens{.blocks = dim3(static_cast<unsigned>(rows * blocks), static_cast<unsigned>(s.splits),
-                                     static_cast<unsigned>(s.G)),
-                      .threads = kGradientThreads,
-                      .shared_bytes = GradientPlace<N>::kSharedBytes};
-    launch(scan_gradient_kernel<T, N>, tokens, stream, x, dy, B, C, h_in, dh_in, dx, g);
+  for (int64_t part = 0; part + 1 < work.parts; ++part) lead_states(s, work, part, stream);
+  for (int64_t part = work.parts - 1; part >= 0; --part) {
+    const int64_t first_block = part * work.part_blocks;
+    w.first_block = g.first_block = static_cast<int>(first_block);
+    w.blocks = g.blocks = static_cast<int>(std::min(work.part_blocks, blocks - first_block));
+    w.initial = work.before(s, part);
+    w.dfinal = part + 1 == work.parts ? s.dfinal : work.dborder;
+    w.dinitial = part == 0 ? s.dinitial : work.dborder;
+    w.lost = work.lost + part * s.batch * kLostRows * s.H;
+    g.head_sums = work.head_sums + s.batch * first_block * s.H * 3;
+    for (int64_t row = 0; row < s.batch; row += s.rows) {
+      const int64_t rows = std::min(s.rows, s.batch - row);
+      w.first_row = g.first_row = static_cast<int>(row);
+      const Grid heads{.blocks = dim3(static_cast<unsigned>(rows * s.H), 2),
+                       .threads = kWalkThreads,
+                       .shared_bytes = WalkPlace<N>::kSharedBytes};
+      launch(scan_walk_kernel<T, N>, heads, stream, x, B, dy, C, h_out, dh_out, w);
+      const Grid tokens{.blocks = dim3(static_cast<unsigned>(rows * w.blocks), static_cast<unsigned>(s.splits),
+                                       static_cast<unsigned>(s.G)),
+                        .threads = kGradientThreads,
+                        .shared_bytes = GradientPlace<N>::kSharedBytes};
+      launch(scan_gradient_kernel<T, N>, tokens, stream, x, dy, B, C, h_in, dh_in, dx, g);
+    }
   }
   const PartSums sums{.head_sums = work.head_sums,
+                      .lost = work.lost,
                       .dB_parts = work.dB_parts,
                       .dC_parts = work.dC_parts,
                       .dA = s.dA,
@@ -199,13 +255,13 @@ void run_backward(const SsdScanBackward& s, cudaStream_t stream) {
                       .dB = s.dB,
                       .dC = s.dC,
                       .rows = s.batch * blocks,
+                      .lost_rows = work.parts * s.batch * kLostRows,
                       .H = s.H,
                       .splits = s.splits,
                       .size = s.batch * s.T * s.G * N};
   const unsigned of_heads = static_cast<unsigned>(ceil_div(s.H, 8));
-  const unsigned of_groups = parts ? static_cast<unsigned>(ceil_div(sums.size, 1024)) : 0;
-  launch(sum_parts_kernel<T>, Grid{dim3(of_heads > of_groups ? of_heads : of_groups, parts ? 3 : 1), 256}, stream,
-         sums);
+  const unsigned of_groups = shared ? static_cast<unsigned>(ceil_div(sums.size, 1024)) : 0;
+  launch(sum_parts_kernel<T>, Grid{dim3(std::max(of_heads, of_groups), shared ? 3 : 1), 256}, stream, sums);
 }
 
 void ssd_scan_backward_hopper(const SsdScanBackward& s, Executor stream) {

@@ -24,6 +24,7 @@ struct SsdScanBackward {
   float dt_min, dt_max;
   int64_t batch, T, H, G, N;
   int64_t rows;    // of the batch whose states are held at once
+  int64_t length;  // tokens of a part of time, of which alone they are held: a multiple of 64
   int64_t splits;  // thread blocks over which the heads of a group are spread
 };
 // All of dtype lies on 16-byte boundaries, initial and dfinal too, and so do the strides of dtype, which are not zero;

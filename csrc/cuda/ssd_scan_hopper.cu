@@ -56,6 +56,10 @@ __global__ void __launch_bounds__(kScanThreads, 1)
 // Every part has 1 - states_cost times the blocks of the part before: all take equally long, as
 // states_cost * begin + (end - begin) then is the same for all.
 void divide(const SsdScan& s, ScanProblem& p) {
+  if (!s.y) {
+    p.begins[0] = p.begins[1] = p.blocks;
+    return;
+  }
   if (s.parts < 1 || s.parts > kMostScanParts || s.parts > p.blocks) {
     throw std::invalid_argument("ssd_scan_hopper: parts must be 1 to 4 and no more than the " +
                                 std::to_string(p.blocks) + " blocks of 64 tokens, got " + std::to_string(s.parts));
@@ -77,7 +81,7 @@ void run_scan(const SsdScan& s, cudaStream_t stream) {
   const auto map = [&](const ScanTensor& t, int64_t heads, int64_t columns, int tokens = kScanTokens) {
     return tokens_map<T>(t.data, {s.batch, s.T, heads, columns}, {t.batch, t.time, t.head}, tokens);
   };
-  const ScanTensor y{s.y, s.T * s.H * kHeaddim, s.H * kHeaddim, kHeaddim};
+  const ScanTensor y = s.y ? ScanTensor{s.y, s.T * s.H * kHeaddim, s.H * kHeaddim, kHeaddim} : s.x;
   ScanProblem p{.dt = s.dt.data,
                 .z = s.z.data,
                 .A = s.A,

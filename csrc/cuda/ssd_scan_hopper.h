@@ -23,7 +23,7 @@ struct SsdScan {
   const float* D;               // by strides [H, 64], or null
   const float* dt_bias;         // [H] or null
   const float* initial_states;  // [B, H, 64, N] or null
-  void* y;                      // [B, T, H, 64] dtype
+  void* y;                      // [B, T, H, 64] dtype, or null: the final states alone
   float* final_states;          // [B, H, 64, N]
   DType dtype, dt_dtype;
   int64_t D_head, D_channel;
