@@ -114,9 +114,9 @@ def _(x, dt, A, B, C, D, z, dt_bias, initial_states, dt_softplus, dt_min, dt_max
 
 @torch.library.register_fake("bitkernels::ssd_scan_backward_hopper")
 def _(
-    dy, dfinal_states, x, dt, A, B, C, D, dt_bias, initial_states, dt_softplus, dt_min, dt_max, rows, length, splits
+    dy, dfinal_states, x, dt, A, B, C, D, z, dt_bias, initial_states, dt_softplus, dt_min, dt_max, rows, length, splits
 ):  # fmt: skip
-    return torch.ops.bitkernels.ssd_scan_backward(dy, dfinal_states, x, dt, A, B, C, D, None, dt_bias, initial_states)
+    return torch.ops.bitkernels.ssd_scan_backward(dy, dfinal_states, x, dt, A, B, C, D, z, dt_bias, initial_states)
 
 
 def _setup_context(ctx, inputs, output):

@@ -18,8 +18,8 @@ const float* floats(const std::optional<Tensor>& t) { return static_cast<const f
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ssd_scan_backward_hopper(
     const Tensor& dy, const std::optional<Tensor>& dfinal_states, const Tensor& x, const Tensor& dt, const Tensor& A,
-    const Tensor& B, const Tensor& C, const std::optional<Tensor>& D, const std::optional<Tensor>& dt_bias,
-    const std::optional<Tensor>& initial_states, bool dt_softplus, double dt_min, std::optional<double> dt_max,
+    const Tensor& B, const Tensor& C, const std::optional<Tensor>& D, const std::optional<Tensor>& z,
+    const std::optional<Tensor>& dt_bias, const std::optional<Tensor>& initial_states, bool dt_softplus, double dt_min, std::optional<double> dt_max,
     int64_t rows, int64_t length, int64_t splits) {
   constexpr const char* op = "ssd_scan_backward_hopper";
   constexpr ScalarType acc = ScalarType::Float;
@@ -34,11 +34,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   };
   Tensor dx = like(x, x.scalar_type()), ddt = like(dt, dt.scalar_type()), dA = like(A, acc),
          dB = like(B, B.scalar_type()), dC = like(C, C.scalar_type()), dD = like_or_none(D),
+         dz = z ? like(*z, z->scalar_type()) : none(),
          ddt_bias = like_or_none(dt_bias), dinitial = like_or_none(initial_states);
   cuda::SsdScanBackward args{.dy = view(dy),
                              .x = view(x),
                              .B = view(B),
                              .C = view(C),
+                             .z = z ? view(*z) : cuda::ScanTensor{},
                              .dt = view(dt),
                              .A = static_cast<const float*>(Ad.const_data_ptr()),
                              .dt_bias = floats(bias),
@@ -46,6 +48,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
                              .initial = floats(initial),
                              .dfinal = floats(dfinal),
                              .dx = dx.mutable_data_ptr(),
+                             .dz = z ? dz.mutable_data_ptr() : nullptr,
                              .ddt = ddt.mutable_data_ptr(),
                              .dB = dB.mutable_data_ptr(),
                              .dC = dC.mutable_data_ptr(),
@@ -69,7 +72,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   const std::optional<Tensor> workspace = workspace_like(x, cuda::ssd_scan_backward_hopper_workspace(args));
   args.workspace = mutable_data_or_null(workspace);
   cuda::ssd_scan_backward_hopper(args, Launch(x));
-  return {dx, ddt, dA, dB, dC, dD, none(), ddt_bias, dinitial};
+  return {dx, ddt, dA, dB, dC, dD, dz, ddt_bias, dinitial};
 }
 
 }  // namespace

@@ -215,12 +215,13 @@ def test_noncontiguous(dtype, device):
         assert_close("out", out, out_expected.double())
 
 
-# Hopper GPUs have kernels of their own for these, without z and D of one value a head for both directions of time.
+# Hopper GPUs have kernels of their own for these, with D of one value a head for both directions of time.
 MANY_HEADS = [
     Case(1, 64, 40, 64, 128),
     Case(1, 1, 40, 64, 64, D="H", dt_bias=False),
     Case(2, 150, 20, 64, 128, G=2, D="H", initial=True),
     Case(3, 65, 16, 64, 64, G=4, D="H", initial=True, softplus=False, dt_limit=(0.001, 0.5)),
+    Case(2, 150, 20, 64, 128, G=2, D="H", z=True, initial=True),
 ]
 
 
@@ -308,7 +309,7 @@ def test_too_many_parts():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("case", MANY_HEADS, ids=str)
 def test_gradients_of_many_heads(case, dtype, monkeypatch):
-    """With the states of all sequences held at once, and with those of one after the other."""
+    """With the states of all sequences held at once, of one after the other, and of a block of each."""
     if not (torch.cuda.is_available() and has_hopper_kernels("cuda")):
         pytest.skip("no Hopper GPU is visible")
     from bitkernels.triton import launch, ssd_hopper
@@ -321,8 +322,10 @@ def test_gradients_of_many_heads(case, dtype, monkeypatch):
     spread = sensitivity(case, tensors, grads, dtype)
     x, dt, _, B, C, D, z, _, initial, *_ = tensors
     assert ssd_hopper.backward_on_hopper(*grads, x, dt, B, C, D, z, initial, None, None)
-    for state_bytes in (ssd_hopper.STATE_BYTES, 1):
+    unlimited = ssd_hopper.STATE_BYTES, ssd_hopper.PART_BYTES
+    for state_bytes, part_bytes in (unlimited, (1, unlimited[1]), (1, 1)):
         monkeypatch.setattr(ssd_hopper, "STATE_BYTES", state_bytes)
+        monkeypatch.setattr(ssd_hopper, "PART_BYTES", part_bytes)
         monkeypatch.setattr(launch, "PLANS", {})
         results = torch.ops.bitkernels.ssd_scan_backward(*grads, *op_arguments(case, tensors))
         again = torch.ops.bitkernels.ssd_scan_backward(*grads, *op_arguments(case, tensors))

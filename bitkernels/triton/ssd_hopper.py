@@ -78,12 +78,10 @@ def row_bytes(x: Tensor, B: Tensor) -> int:
 
 
 def backward_on_hopper(dy, dfinal_states, x, dt, B, C, D, z, initial_states, seq_idx, cu_seqlens) -> bool:
-    """Whether the kernels of the backward scan take it: no gate, one D a head."""
-    if not (z is None and seq_idx is None and cu_seqlens is None and (D is None or D.dim() == 1)):
+    """Whether the kernels of the backward scan take it: one D a head."""
+    if seq_idx is not None or cu_seqlens is not None or dt.dtype == torch.float64 or (D is not None and D.dim() > 1):
         return False
-    if dt.dtype == torch.float64:
-        return False
-    return fits("ssd_scan_backward_hopper", BACKWARD_HEADS, x, B, (dy, x, B, C), (dfinal_states, initial_states))
+    return fits("ssd_scan_backward_hopper", BACKWARD_HEADS, x, B, (dy, x, B, C, z), (dfinal_states, initial_states))
 
 
 def divide_backward(x: Tensor, B: Tensor) -> tuple[int, int, int]:

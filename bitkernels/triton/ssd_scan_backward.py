@@ -327,7 +327,7 @@ class BackwardPlan:
         dy = dense(dy)
         if self.hopper:
             scan = torch.ops.bitkernels.ssd_scan_backward_hopper.default
-            return scan(dy, dfinal_states, x, dt, A, B, C, D, dt_bias, initial_states, *self.options)
+            return scan(dy, dfinal_states, x, dt, A, B, C, D, z, dt_bias, initial_states, *self.options)
 
         def fresh(shape, dtype=torch.float32):
             return torch.empty(shape, dtype=dtype, device=x.device)

@@ -123,7 +123,7 @@ __device__ void lead_state(const ScanPlace<N>& at, const ScanProblem& p) {
       for (int i = 0; i < 4; ++i) a[k][i] = next[k][i];
     }
   }
-  if (end == p.blocks) store_state<N>(p.final_states + of_state, row, t, h);
+  if (p.final_states && end == p.blocks) store_state<N>(p.final_states + of_state, row, t, h);
 }
 
 }  // namespace bitkernels::cuda

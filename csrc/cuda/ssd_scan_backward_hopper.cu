@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "reduce.cuh"
+#include "scan_gate.cuh"
 #include "scan_gradient_groups.cuh"
 #include "scan_gradient_pairs.cuh"
 #include "ssd_scan_backward_hopper.h"
@@ -65,7 +66,7 @@ __global__ void __launch_bounds__(kGradientThreads, 1)
 }
 
 struct PartSums {
-  const float *head_sums, *lost, *dB_parts, *dC_parts;
+  const float *head_sums, *lost, *skips, *dB_parts, *dC_parts;
   float *dA, *ddt_bias, *dD;
   void *dB, *dC;
   int64_t rows, lost_rows, H, splits, size;  // of head_sums, of lost, and of one part of dB or dC
@@ -85,6 +86,10 @@ __global__ void __launch_bounds__(256) sum_parts_kernel(PartSums p) {
       for (int i = 0; i < 3; ++i) sums[i] += p.head_sums[(r * p.H + head) * 3 + i];
     }
     for (int64_t r = lane; r < p.lost_rows; r += 32) sums[0] += p.lost[r * p.H + head];
+    if (p.skips) {
+      sums[2] = 0.0f;
+      for (int64_t r = lane; r < p.rows; r += 32) sums[2] += p.skips[r * p.H + head];
+    }
 #pragma unroll
     for (int i = 0; i < 3; ++i) sums[i] = warp_reduce(sums[i], Sum());
     if (lane != 0) return;
@@ -109,6 +114,7 @@ __global__ void __launch_bounds__(256) sum_parts_kernel(PartSums p) {
 // Where things are in the workspace. Time is taken in parts, so that a part's h and dh are all that is held of them.
 struct Workspace {
   int64_t parts, part_blocks;
+  uint16_t* of_y;              // [B, T, H, 64] in dtype: with a gate, the gradient of what it is applied to
   uint16_t *h, *dh;            // [rows, blocks of a part, H, 64, N] in dtype: before every block, and after it
   ScanRows* rows;              // [rows, blocks of a part, H]
   float* head_sums;            // of every part [B, blocks, H, 3]: parts of dA, ddt_bias and dD
@@ -116,6 +122,7 @@ struct Workspace {
   float *dB_parts, *dC_parts;  // [splits, B, T, G, N], if there are several
   float* borders;              // [parts - 1, B, H, 64, N]: the states before all parts but the first
   float* dborder;              // [B, H, 64, N] the gradient of the states after a part, if there are several
+  float* skips;                // [B, blocks, H] of dD, with a gate
   int64_t bytes;
 
   explicit Workspace(const SsdScanBackward& s) {
@@ -124,7 +131,9 @@ struct Workspace {
     const int64_t states = s.rows * part_blocks * s.H * kHeaddim * s.N;
     const int64_t sums = s.splits > 1 ? s.splits * s.batch * s.T * s.G * s.N : 0;
     const int64_t border = state_size(s);
-    h = static_cast<uint16_t*>(s.workspace);
+    const int64_t blocks = ceil_div(s.T, kScanTokens);
+    of_y = static_cast<uint16_t*>(s.workspace);
+    h = of_y + (s.z.data ? s.batch * s.T * s.H * kHeaddim : 0);
     dh = h + states;
     dB_parts = reinterpret_cast<float*>(dh + states);
     dC_parts = dB_parts + sums;
@@ -132,8 +141,9 @@ struct Workspace {
     dborder = borders + (parts - 1) * border;
     rows = reinterpret_cast<ScanRows*>(dborder + (parts > 1 ? border : 0));
     head_sums = reinterpret_cast<float*>(rows + s.rows * part_blocks * s.H);
-    lost = head_sums + s.batch * ceil_div(s.T, kScanTokens) * s.H * 3;
-    bytes = (lost + parts * s.batch * kLostRows * s.H - static_cast<float*>(s.workspace)) * sizeof(float);
+    lost = head_sums + s.batch * blocks * s.H * 3;
+    skips = lost + parts * s.batch * kLostRows * s.H;
+    bytes = (skips + (s.z.data ? s.batch * blocks * s.H : 0) - static_cast<float*>(s.workspace)) * sizeof(float);
   }
 
   static int64_t state_size(const SsdScanBackward& s) { return s.batch * s.H * kHeaddim * s.N; }
@@ -143,39 +153,72 @@ struct Workspace {
 
 int64_t ssd_scan_backward_hopper_workspace(const SsdScanBackward& s) { return Workspace(s).bytes; }
 
+// The scan without its gate, of all tokens.
+SsdScan forward(const SsdScanBackward& s) {
+  return {.x = s.x,
+          .B = s.B,
+          .C = s.C,
+          .z = {},
+          .dt = s.dt,
+          .A = s.A,
+          .D = s.D,
+          .dt_bias = s.dt_bias,
+          .initial_states = s.initial,
+          .y = nullptr,
+          .final_states = nullptr,
+          .dtype = s.dtype,
+          .dt_dtype = s.dt_dtype,
+          .D_head = 1,
+          .D_channel = 0,
+          .dt_softplus = s.dt_softplus,
+          .dt_min = s.dt_min,
+          .dt_max = s.dt_max,
+          .batch = s.batch,
+          .T = s.T,
+          .H = s.H,
+          .G = s.G,
+          .N = s.N,
+          .parts = 1,
+          .states_cost = 0.0};
+}
+
 // The state after a part, from the one before it.
 void lead_states(const SsdScanBackward& s, const Workspace& work, int64_t part, cudaStream_t stream) {
-  const auto of_part = [&](const ScanTensor& t, DType dtype) {
-    const int64_t bytes = part * s.length * t.time * (dtype == DType::kFloat32 ? 4 : 2);
-    return ScanTensor{static_cast<const char*>(t.data) + bytes, t.batch, t.time, t.head};
+  SsdScan states = forward(s);
+  const auto begin_at = [&](ScanTensor& t, DType dtype) {
+    t.data = static_cast<const char*>(t.data) + part * s.length * t.time * (dtype == DType::kFloat32 ? 4 : 2);
   };
-  const ScanTensor B = of_part(s.B, s.dtype);
-  ssd_scan_hopper({.x = of_part(s.x, s.dtype),
-                   .B = B,
-                   .C = B,
-                   .z = {},
-                   .dt = of_part(s.dt, s.dt_dtype),
-                   .A = s.A,
-                   .D = nullptr,
-                   .dt_bias = s.dt_bias,
-                   .initial_states = work.before(s, part),
-                   .y = nullptr,
-                   .final_states = work.border(s, part + 1),
-                   .dtype = s.dtype,
-                   .dt_dtype = s.dt_dtype,
-                   .D_head = 0,
-                   .D_channel = 0,
-                   .dt_softplus = s.dt_softplus,
-                   .dt_min = s.dt_min,
-                   .dt_max = s.dt_max,
-                   .batch = s.batch,
-                   .T = s.length,
-                   .H = s.H,
-                   .G = s.G,
-                   .N = s.N,
-                   .parts = 1,
-                   .states_cost = 0.0},
-                  stream);
+  begin_at(states.x, s.dtype);
+  begin_at(states.B, s.dtype);
+  begin_at(states.C, s.dtype);
+  begin_at(states.dt, s.dt_dtype);
+  states.initial_states = work.before(s, part);
+  states.final_states = work.border(s, part + 1);
+  states.T = s.length;
+  ssd_scan_hopper(states, stream);
+}
+
+// The gradient of the outputs without their gate.
+template <typename T>
+ScanTensor open_gate(const SsdScanBackward& s, const Workspace& work, cudaStream_t stream) {
+  if (!s.z.data) return s.dy;
+  SsdScan outputs = forward(s);
+  outputs.y = s.dx;  // for now
+  ssd_scan_hopper(outputs, stream);
+  const GateProblem gate{.dy = s.dy,
+                         .x = s.x,
+                         .z = s.z,
+                         .y = s.dx,
+                         .of_y = work.of_y,
+                         .dz = s.dz,
+                         .dD = work.skips,
+                         .T = static_cast<int>(s.T),
+                         .H = static_cast<int>(s.H)};
+  const Grid grid{.blocks = dim3(static_cast<unsigned>(ceil_div(s.T, kScanTokens)), static_cast<unsigned>(s.H),
+                                 static_cast<unsigned>(s.batch)),
+                  .threads = kGateThreads};
+  launch(gate_kernel<T>, grid, stream, gate);
+  return {work.of_y, s.T * s.H * kHeaddim, s.H * kHeaddim, kHeaddim};
 }
 
 template <typename T, int N>
@@ -185,7 +228,7 @@ void run_backward(const SsdScanBackward& s, cudaStream_t stream) {
   const auto map = [&](const ScanTensor& t, int64_t heads, int64_t columns, int tokens = kScanTokens) {
     return tokens_map<T>(t.data, {s.batch, s.T, heads, columns}, {t.batch, t.time, t.head}, tokens);
   };
-  const CUtensorMap x = map(s.x, s.H, kHeaddim), dy = map(s.dy, s.H, kHeaddim);
+  const CUtensorMap x = map(s.x, s.H, kHeaddim), dy = map(open_gate<T>(s, work, stream), s.H, kHeaddim);
   const CUtensorMap B = map(s.B, s.G, N), C = map(s.C, s.G, N);
   const CUtensorMap dx = map({s.dx, s.T * s.H * kHeaddim, s.H * kHeaddim, kHeaddim}, s.H, kHeaddim, kScanTokens / 4);
   const int64_t state_rows = s.rows * work.part_blocks * s.H * kHeaddim;
@@ -247,6 +290,7 @@ void run_backward(const SsdScanBackward& s, cudaStream_t stream) {
   }
   const PartSums sums{.head_sums = work.head_sums,
                       .lost = work.lost,
+                      .skips = s.z.data ? work.skips : nullptr,
                       .dB_parts = work.dB_parts,
                       .dC_parts = work.dC_parts,
                       .dA = s.dA,

@@ -8,12 +8,14 @@ namespace bitkernels::cuda {
 struct SsdScanBackward {
   ScanTensor dy, x;           // [B, T, H, 64] dtype
   ScanTensor B, C;            // [B, T, G, N] dtype
+  ScanTensor z;               // [B, T, H, 64] dtype or null
   ScanTensor dt;              // [B, T, H] dt_dtype, in strides of its own
   const float *A, *dt_bias;   // [H], the second or null
   const float* D;             // [H] or null
   const float* initial;       // [B, H, 64, N] or null
   const float* dfinal;        // [B, H, 64, N] or null
   void* dx;                   // [B, T, H, 64] dtype
+  void* dz;                   // [B, T, H, 64] dtype, with z
   void* ddt;                  // [B, T, H] dt_dtype
   void *dB, *dC;              // [B, T, G, N] dtype
   float *dA, *ddt_bias, *dD;  // [H], the last two or null

@@ -24,7 +24,7 @@ struct SsdScan {
   const float* dt_bias;         // [H] or null
   const float* initial_states;  // [B, H, 64, N] or null
   void* y;                      // [B, T, H, 64] dtype, or null: the final states alone
-  float* final_states;          // [B, H, 64, N]
+  float* final_states;          // [B, H, 64, N] or null
   DType dtype, dt_dtype;
   int64_t D_head, D_channel;
   bool dt_softplus;
