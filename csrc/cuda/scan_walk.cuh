@@ -275,7 +275,7 @@ __global__ void __launch_bounds__(kWalkThreads, 2)
     asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
     if (warp < kWalkDecayWarps) {
       decays_of_walk(at, p, warp, threadIdx.x % 32);
-    } else if (threadIdx.x % 32 == 0) {
+    } else if (threadIdx.x == kWalkDecayWarps * 32) {
       at.backward ? fetch_walk(at, dy, C, x, B) : fetch_walk(at, x, B, dy, C);
     }
   } else {
