@@ -5,6 +5,11 @@
 
 namespace bitkernels::cuda {
 
+// Consecutive bytes, a multiple of 16, to the L2 cache.
+__device__ inline void prefetch_bytes(const void* from, int bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+}
+
 template <typename T, int N>
 __device__ void make_outputs(const ScanPlace<N>& at, const ScanProblem& p, const CUtensorMap& y_map, int group) {
   using Place = ScanPlace<N>;
@@ -26,6 +31,11 @@ __device__ void make_outputs(const ScanPlace<N>& at, const ScanProblem& p, const
       commit_stores();
     }
   };
+  // Gates are read where they are applied, from the L2 cache: there is no room for them in shared memory.
+  const auto gate_of = [&](int b, int row) {
+    const int token = min(b * kScanTokens + row, p.T - 1);
+    return static_cast<const T*>(p.z) + at.row * p.z_batch + token * p.z_time + at.head * p.z_head;
+  };
 
   int b = group;
   for (; b < begin; b += kOutputGroups) {  // a warp must see every phase of the barriers it waits for
@@ -34,6 +44,7 @@ __device__ void make_outputs(const ScanPlace<N>& at, const ScanProblem& p, const
   }
   for (; b < end; b += kOutputGroups) {
     at.wait_full(b);
+    if (p.z && lane < 16) prefetch_bytes(gate_of(b, 16 * warp + lane), kHeaddim * sizeof(T));
     const SharedAddress stage = at.stage(b);
     const ScanDecays& decays = at.decays[b % kScanStages];
     uint32_t c[N / 16][4];
@@ -120,16 +131,11 @@ __device__ void make_outputs(const ScanPlace<N>& at, const ScanProblem& p, const
     for (int i = 0; i < kHeaddim / 2; ++i) y[i] += skipped[i];
     if (p.z) {
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int token = b * kScanTokens + row + 8 * half;
-        if (token >= p.T) continue;
-        const T* z = static_cast<const T*>(p.z) + at.row * p.z_batch + token * p.z_time + at.head * p.z_head + 2 * t;
-#pragma unroll
-        for (int i = 0; i < kHeaddim / 8; ++i) {
-          const float2 v = unpack_pair(T(), *reinterpret_cast<const uint32_t*>(z + 8 * i));
-          y[4 * i + 2 * half] *= v.x / (1.0f + __expf(-v.x));
-          y[4 * i + 2 * half + 1] *= v.y / (1.0f + __expf(-v.y));
-        }
+      for (int i = 0; i < kHeaddim / 4; ++i) {
+        const T* const gate = gate_of(b, row + i % 2 * 8) + i / 2 * 8 + 2 * t;
+        const float2 v = unpack_pair(T(), *reinterpret_cast<const uint32_t*>(gate));
+        y[2 * i] *= v.x / (1.0f + __expf(-v.x));
+        y[2 * i + 1] *= v.y / (1.0f + __expf(-v.y));
       }
     }
 #pragma unroll
