@@ -71,7 +71,8 @@ STABLE_TORCH_LIBRARY(bitkernels, m) {
   m.def(
       "ssd_scan_backward_hopper(Tensor dy, Tensor? dfinal_states, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, "
       "Tensor? D, Tensor? z, Tensor? dt_bias, Tensor? initial_states, bool dt_softplus, float dt_min, float? dt_max, "
-      "int rows, int length, int splits) -> (Tensor dx, Tensor ddt, Tensor dA, Tensor dB, Tensor dC, Tensor dD, Tensor dz, "
+      "int rows, int length, int splits) -> (Tensor dx, Tensor ddt, Tensor dA, Tensor dB, Tensor dC, Tensor dD, Tensor "
+      "dz, "
       "Tensor ddt_bias, Tensor dinitial_states)");
   m.def(
       "ssd_step(Tensor(a!) state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D=None, "

@@ -19,8 +19,8 @@ const float* floats(const std::optional<Tensor>& t) { return static_cast<const f
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ssd_scan_backward_hopper(
     const Tensor& dy, const std::optional<Tensor>& dfinal_states, const Tensor& x, const Tensor& dt, const Tensor& A,
     const Tensor& B, const Tensor& C, const std::optional<Tensor>& D, const std::optional<Tensor>& z,
-    const std::optional<Tensor>& dt_bias, const std::optional<Tensor>& initial_states, bool dt_softplus, double dt_min, std::optional<double> dt_max,
-    int64_t rows, int64_t length, int64_t splits) {
+    const std::optional<Tensor>& dt_bias, const std::optional<Tensor>& initial_states, bool dt_softplus, double dt_min,
+    std::optional<double> dt_max, int64_t rows, int64_t length, int64_t splits) {
   constexpr const char* op = "ssd_scan_backward_hopper";
   constexpr ScalarType acc = ScalarType::Float;
   const Tensor Ad = as_dtype(A, acc);
@@ -34,8 +34,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   };
   Tensor dx = like(x, x.scalar_type()), ddt = like(dt, dt.scalar_type()), dA = like(A, acc),
          dB = like(B, B.scalar_type()), dC = like(C, C.scalar_type()), dD = like_or_none(D),
-         dz = z ? like(*z, z->scalar_type()) : none(),
-         ddt_bias = like_or_none(dt_bias), dinitial = like_or_none(initial_states);
+         dz = z ? like(*z, z->scalar_type()) : none(), ddt_bias = like_or_none(dt_bias),
+         dinitial = like_or_none(initial_states);
   cuda::SsdScanBackward args{.dy = view(dy),
                              .x = view(x),
                              .B = view(B),

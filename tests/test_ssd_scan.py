@@ -335,6 +335,20 @@ def test_gradients_of_many_heads(case, dtype, monkeypatch):
                 assert_close(f"d{name}", result, leaf.grad, TOLERANCE[dtype] + 2 * spread.get(name, 0.0))
 
 
+@pytest.mark.gpu
+def test_gradient_of_A_of_many_heads():
+    """It adds up what crosses every block of 64 tokens: rounding that to 16 bits leaves errors of 4e-4 to 2e-3."""
+    if not (torch.cuda.is_available() and has_hopper_kernels("cuda")):
+        pytest.skip("no Hopper GPU is visible")
+    case = Case(1, 256, 40, 64, 128, initial=True)
+    tensors = [None if t is None else t.requires_grad_() for t in joined_inputs(case, "cuda", torch.bfloat16)]
+    leaves = wide(*tensors)
+    grads = [torch.randn_like(out) for out in run(case, tensors)]
+    torch.autograd.backward(reference.ssd_scan(*leaves, case.softplus), [g.double().cpu() for g in grads])
+    dA = torch.ops.bitkernels.ssd_scan_backward(*grads, *op_arguments(case, tensors))[2]
+    assert_close("dA", dA, leaves[2].grad, 2e-4)
+
+
 def test_expanded_gradient(device):
     """The gradient of a sum has stride 0."""
     case = CASES[3]

@@ -45,9 +45,8 @@ __global__ void __launch_bounds__(kGateThreads) gate_kernel(GateProblem p) {
       const float2 given = {dy_j.x * z_j.x * open.x, dy_j.y * z_j.y * open.y};
       skip += given.x * x_j.x + given.y * x_j.y;
       reinterpret_cast<uint32_t*>(&of_y)[j] = pack_pair(T(), given.x, given.y);
-      reinterpret_cast<uint32_t*>(&dz)[j] =
-          pack_pair(T(), dy_j.x * y_j.x * open.x * (1.0f + z_j.x * (1.0f - open.x)),
-                    dy_j.y * y_j.y * open.y * (1.0f + z_j.y * (1.0f - open.y)));
+      reinterpret_cast<uint32_t*>(&dz)[j] = pack_pair(T(), dy_j.x * y_j.x * open.x * (1.0f + z_j.x * (1.0f - open.x)),
+                                                      dy_j.y * y_j.y * open.y * (1.0f + z_j.y * (1.0f - open.y)));
     }
     *reinterpret_cast<uint4*>(static_cast<T*>(p.of_y) + at) = of_y;
     *reinterpret_cast<uint4*>(static_cast<T*>(p.dz) + at) = dz;

@@ -130,12 +130,17 @@ __device__ void make_outputs(const ScanPlace<N>& at, const ScanProblem& p, const
 #pragma unroll
     for (int i = 0; i < kHeaddim / 2; ++i) y[i] += skipped[i];
     if (p.z) {
+      // All at once: the branches of an exact division would keep every load waiting for the one before it.
+      uint32_t gates[kHeaddim / 4];
 #pragma unroll
       for (int i = 0; i < kHeaddim / 4; ++i) {
-        const T* const gate = gate_of(b, row + i % 2 * 8) + i / 2 * 8 + 2 * t;
-        const float2 v = unpack_pair(T(), *reinterpret_cast<const uint32_t*>(gate));
-        y[2 * i] *= v.x / (1.0f + __expf(-v.x));
-        y[2 * i + 1] *= v.y / (1.0f + __expf(-v.y));
+        gates[i] = *reinterpret_cast<const uint32_t*>(gate_of(b, row + i % 2 * 8) + i / 2 * 8 + 2 * t);
+      }
+#pragma unroll
+      for (int i = 0; i < kHeaddim / 4; ++i) {
+        const float2 v = unpack_pair(T(), gates[i]);
+        y[2 * i] *= __fdividef(v.x, 1.0f + __expf(-v.x));
+        y[2 * i + 1] *= __fdividef(v.y, 1.0f + __expf(-v.y));
       }
     }
 #pragma unroll

@@ -34,8 +34,8 @@ __device__ inline float clamp_step(float v, float low, float high) {
   return v < low ? low : v > high ? high : v;  // NaN stays
 }
 
-// dt of two neighbouring tokens of a head, from `token` on, for every lane of a warp, as bits: to convert them would be to
-// wait for them.
+// dt of two neighbouring tokens of a head, from `token` on, for every lane of a warp, as bits: to convert them would be
+// to wait for them.
 struct StepReader {
   const void* dt;
   int64_t first, stride;
