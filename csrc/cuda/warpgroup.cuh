@@ -22,9 +22,18 @@ struct RowScalars {
   float scale, bias;
 };
 
+// Whose turn it is when blocks of eight tokens go round the parts.
+struct Turn {
+  int owner = 0, round = 0;
+  __device__ void next(int all) {
+    if (++owner == all) *this = {0, round + 1};
+  }
+};
+
 __device__ inline float finish_row(const RowScalars& r, float sum) { return fmaf(sum, r.scale, r.bias); }
 
-template <class F, ScalesOf kScales, class Tile, typename Out>
+// kCluster: the blocks of a cluster make a tile. Blocks that are alone carry no code for it.
+template <class F, ScalesOf kScales, class Tile, typename Out, bool kCluster>
 __device__ void consume(const CUtensorMap& output, const WarpgroupProblem& p, SharedAddress stages, int slots,
                         SharedAddress out, SharedAddress tokens, SharedAddress parts, SharedAddress scales,
                         SharedAddress full, SharedAddress empty, SharedAddress received, int group, int rank,
@@ -43,13 +52,15 @@ __device__ void consume(const CUtensorMap& output, const WarpgroupProblem& p, Sh
   const int t = lane % 4;
   const F operand(t);
   const int all_stages = static_cast<int>(ceil_div(p.K, Layout::kDepth));
-  WarpgroupWork<Tile::kCuts> work(p, all_stages, rank, blocks, cluster, clusters);
+  constexpr bool kCuts = Tile::kCuts && !kCluster;
+  WarpgroupWork<kCuts> work(p, all_stages, rank, blocks, cluster, clusters);
+  bool more = work.next();
   // All blocks run at once, so the next kernel takes nothing from them.
   wait_for_previous_kernel();
   let_next_kernel_start();
   constexpr int kConsumerThreads = kWarpgroup * Tile::kConsumers;
   if constexpr (kColumnScales) {
-    tabulate_scales<typename F::T>(p, all_stages * Layout::kDepth, scales, threadIdx.x, kConsumerThreads);
+    tabulate_scales<typename F::T, kConsumerThreads>(p, all_stages * Layout::kDepth, scales, threadIdx.x);
     named_barrier(1, kConsumerThreads);
   }
 
@@ -89,10 +100,10 @@ __device__ void consume(const CUtensorMap& output, const WarpgroupProblem& p, Sh
       stage = stages;
     }
   };
-  while (work.next()) {
+  for (; more; more = work.next()) {
     const int count = work.end - work.begin;
-    const int64_t first_row = int64_t(work.tile % p.row_tiles) * Tile::kRows + row_group * kWarpgroupRows;
-    const int token = work.tile / p.row_tiles * Tile::kTokens;
+    const int64_t first_row = int64_t(work.row_tile) * Tile::kRows + row_group * kWarpgroupRows;
+    const int token = work.token_tile * Tile::kTokens;
     SharedAddress my_scales = scales + work.begin * kScaleStage + split * kStepsOfBox * kScaleStep + t * 16;
     const int64_t row = first_row + warp * 16 + g;
     Values rows[2] = {};
@@ -169,59 +180,55 @@ __device__ void consume(const CUtensorMap& output, const WarpgroupProblem& p, Sh
       for (int i = 0; i < Tile::kTokens / 2; ++i) sums[i] = 0;
     }
 
-    // Part q of all finishes blocks q, q + all, ... of eight tokens, and adds the others' sums in their order. Both
-    // factors are powers of two: remainders and quotients are a mask and a shift, or this would be most of the code.
-    static_assert((Tile::kSplit & (Tile::kSplit - 1)) == 0);
+    // Part q of all finishes blocks q, q + all, ... of eight tokens, and adds the others' sums in their order.
     const int all = blocks * Tile::kSplit;
-    const int all_log2 = __ffs(all) - 1;
-    const auto owner_of = [&](int i) { return i & (all - 1); };
     const int part = rank * Tile::kSplit + split;
-    if (Tile::kSplits && all > 1) {
-      // [row group][split][block of the owner][part, less the owner][thread]
-      const int owned = (Tile::kBlocksOfEight + all - 1) >> all_log2;
-      const auto place = [&](int owner_split, int i, int from, int owner) {
+    if constexpr (kCluster || Tile::kSplit > 1) {
+      // [round][row group][split][part, less the owner][thread]
+      const auto place = [&](int owner_split, int round, int from, int owner) {
         const int sender = from - (from > owner);
         return parts +
-               (((row_group * Tile::kSplit + owner_split) * owned + (i >> all_log2)) * (all - 1) + sender) *
+               (((round * Tile::kRowGroups + row_group) * Tile::kSplit + owner_split) * (all - 1) + sender) *
                    Tile::kFragmentBytes +
                thread * 16;
       };
-      // In a cluster each warpgroup has a barrier that counts what it is sent. Alone, the warpgroups wait for each
-      // other: for the readers of the tile before, and for the senders.
-      const SharedAddress mine = received + 8 * group;
-      if (blocks == 1) {
-        named_barrier(1, kConsumerThreads);
-      } else if (thread == 0) {
-        const int blocks_of_mine = (Tile::kBlocksOfEight - part + all - 1) >> all_log2;
-        barrier_arrive_expecting(mine, blocks_of_mine * (all - 1) * Tile::kFragmentBytes);
-      }
+      // Alone, the warpgroups wait for each other: for the readers of the tile before, and for the senders.
+      if constexpr (!kCluster) named_barrier(1, kConsumerThreads);
+      int owned = 0;
+      Turn turn;
 #pragma unroll
-      for (int i = 0; i < Tile::kBlocksOfEight; ++i) {
-        const int owner = owner_of(i);
-        if (owner == part) continue;
-        const int owner_rank = owner / Tile::kSplit;
-        const int owner_split = owner % Tile::kSplit;
-        const SharedAddress to = place(owner_split, i, part, owner);
-        if (blocks == 1) {
-          store_sums(to, sums[4 * i], sums[4 * i + 1], sums[4 * i + 2], sums[4 * i + 3]);
-        } else {
+      for (int i = 0; i < Tile::kBlocksOfEight; ++i, turn.next(all)) {
+        if (turn.owner == part) {
+          ++owned;
+          continue;
+        }
+        const int owner_split = turn.owner % Tile::kSplit;
+        const SharedAddress to = place(owner_split, turn.round, part, turn.owner);
+        if constexpr (kCluster) {
+          const int owner_rank = turn.owner / Tile::kSplit;
           send(in_block(to, owner_rank), sums[4 * i], sums[4 * i + 1], sums[4 * i + 2], sums[4 * i + 3],
                in_block(received + 8 * (owner_split * Tile::kRowGroups + row_group), owner_rank));
+        } else {
+          store_sums(to, sums[4 * i], sums[4 * i + 1], sums[4 * i + 2], sums[4 * i + 3]);
         }
       }
-      if (blocks == 1) {
-        named_barrier(1, kConsumerThreads);
-      } else {
+      // In a cluster each warpgroup has a barrier that counts what it is sent.
+      if constexpr (kCluster) {
+        const SharedAddress mine = received + 8 * group;
+        if (thread == 0) barrier_arrive_expecting(mine, owned * (all - 1) * Tile::kFragmentBytes);
         barrier_wait(mine, 0);
+      } else {
+        named_barrier(1, kConsumerThreads);
       }
+      turn = {};
 #pragma unroll
-      for (int i = 0; i < Tile::kBlocksOfEight; ++i) {
-        if (owner_of(i) != part) continue;
+      for (int i = 0; i < Tile::kBlocksOfEight; ++i, turn.next(all)) {
+        if (turn.owner != part) continue;
         // In the order of the parts, whoever adds, so that a token's bits do not depend on its place. Its own part
         // waits where the first was.
 #pragma unroll 1
         for (int from = part == 0 ? 1 : 0; from < all; ++from) {
-          const SharedAddress at = place(split, i, from == part ? 0 : from, part);
+          const SharedAddress at = place(split, turn.round, from == part ? 0 : from, part);
           Accumulator v[4];
           load_sums(at, v);
           if (from == 0) store_sums(at, sums[4 * i], sums[4 * i + 1], sums[4 * i + 2], sums[4 * i + 3]);
@@ -232,13 +239,13 @@ __device__ void consume(const CUtensorMap& output, const WarpgroupProblem& p, Sh
     }
 
     const int barrier = 1 + group + 1;
-    if constexpr (Tile::kCuts) {
+    if constexpr (kCuts) {
       if (work.leaves()) {
         const int place = work.next_place();
         uint4* partial = p.partials + (int64_t(place) * Tile::kPartialBytes + row_group * Tile::kFragmentBytes) / 16;
 #pragma unroll
         for (int i = 0; i < Tile::kBlocksOfEight; ++i) {
-          if (owner_of(i) != part) continue;
+          if (i % all != part) continue;
           store_sums(partial + i * (Tile::kPartialBlock / 16) + thread, sums[4 * i], sums[4 * i + 1], sums[4 * i + 2],
                      sums[4 * i + 3]);
         }
@@ -252,7 +259,7 @@ __device__ void consume(const CUtensorMap& output, const WarpgroupProblem& p, Sh
           barrier_wait(full + 8 * slot, parity);
 #pragma unroll
           for (int i = first; i < first + Tile::kBlocksOfStage; ++i) {
-            if (i >= Tile::kBlocksOfEight || owner_of(i) != part) continue;
+            if (i >= Tile::kBlocksOfEight || i % all != part) continue;
             Accumulator v[4];
             load_sums(stage + (i - first) * Tile::kPartialBlock + row_group * Tile::kFragmentBytes + thread * 16, v);
 #pragma unroll
@@ -281,9 +288,10 @@ __device__ void consume(const CUtensorMap& output, const WarpgroupProblem& p, Sh
     if (thread == 0) wait_for_stores_to_read();
     named_barrier(barrier, kWarpgroup);
     const SharedAddress to = box + lane % 8 * kBoxBytes + ((2 * warp + lane / 8 % 2) ^ (lane % 8)) * 16;
+    Turn turn;
 #pragma unroll
-    for (int i = 0; i < Tile::kBlocksOfEight; ++i) {
-      if (owner_of(i) != part) continue;
+    for (int i = 0; i < Tile::kBlocksOfEight; ++i, turn.next(all)) {
+      if (turn.owner != part) continue;
       float y[4];
       if constexpr (kInteger) {
         uint32_t pair[4];  // sum and scale of two tokens
@@ -315,7 +323,7 @@ __device__ void consume(const CUtensorMap& output, const WarpgroupProblem& p, Sh
     } else {
       for (int j = warp; j < Tile::kTokens; j += 4) {
         const int64_t m = token + j;
-        if (owner_of(j / 8) != part || m >= p.M) continue;
+        if (j / 8 % all != part || m >= p.M) continue;
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
           const int column = 32 * h + lane;
@@ -331,20 +339,10 @@ __device__ void consume(const CUtensorMap& output, const WarpgroupProblem& p, Sh
   if (thread == 0) wait_for_stores_to_read();
 }
 
-// This block's share of what all blocks will read soon, if it is not much: meanwhile the kernel before ends.
-__device__ inline void prefetch_slice(const void* p, int64_t bytes) {
-  constexpr int64_t kMost = 16 << 20;
-  if (bytes > kMost || reinterpret_cast<uintptr_t>(p) % 16 != 0) return;
-  const uint32_t vectors = static_cast<uint32_t>(bytes / 16);
-  const uint32_t each = (vectors + gridDim.x - 1) / gridDim.x;
-  const uint32_t from = min(vectors, each * blockIdx.x);
-  prefetch_to_l2(static_cast<const uint4*>(p) + from, 16 * (min(vectors, from + each) - from));
-}
-
-template <class F, ScalesOf kScales, class Tile, typename Out>
+template <class F, ScalesOf kScales, class Tile, typename Out, bool kCluster>
 __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
     warpgroup_kernel(const __grid_constant__ CUtensorMap activations, const __grid_constant__ CUtensorMap output,
-                     WarpgroupProblem p, WarpgroupLayout<F, Tile> layout, int blocks) {
+                     WarpgroupProblem p, WarpgroupLayout<F, Tile> layout, int cluster_blocks) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   extern __shared__ uint4 shared[];
   const SharedAddress stages = (shared_address(shared) + 1023) & ~1023u;
@@ -353,7 +351,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
   const SharedAddress received = empty + 8 * layout.stages;
   // The same in all lanes, and known to be: what follows from it lives in uniform registers.
   const int group = uniform(threadIdx.x / kWarpgroup);
-  const int rank = blocks > 1 ? cluster_rank() : 0;
+  const int blocks = kCluster ? cluster_blocks : 1;
+  const int rank = kCluster ? cluster_rank() : 0;
   const int cluster = static_cast<int>(blockIdx.x) / blocks;
   const int clusters = static_cast<int>(gridDim.x) / blocks;
 
@@ -366,25 +365,18 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
     for (int i = 0; i < Tile::kConsumers; ++i) barrier_init(received + 8 * i, 1);
     barrier_init_fence();
   }
-  if (threadIdx.x == kWarpgroup * Tile::kConsumers + 32) {
-    prefetch_slice(p.x, p.x_bytes);
-    prefetch_slice(p.w, p.rows * p.words * 4);
-  }
-  if (kScales == ScalesOf::kColumns && threadIdx.x == kWarpgroup * Tile::kConsumers + 64) {
-    prefetch_slice(p.alpha, p.K / 4 * 16);
-    prefetch_slice(p.beta, p.K / 4 * 16);
-  }
   // Whoever sends to another block knows that it has started.
-  if (blocks > 1) wait_for_cluster();
+  if constexpr (kCluster) wait_for_cluster();
   __syncthreads();
   if (group == Tile::kConsumers) {
     if constexpr (Tile::kUnequalRegisters) asm volatile("setmaxnreg.dec.sync.aligned.u32 72;");
-    produce<F, Tile>(activations, p, stages, layout.stages, full, empty, rank, blocks, cluster, clusters);
+    produce<F, kScales, Tile, kCluster>(activations, p, stages, layout.stages, full, empty, rank, blocks, cluster,
+                                        clusters);
   } else {
     if constexpr (Tile::kUnequalRegisters) asm volatile("setmaxnreg.inc.sync.aligned.u32 216;");
-    consume<F, kScales, Tile, Out>(output, p, stages, layout.stages, stages + layout.out(), stages + layout.tokens(),
-                                   stages + layout.parts(), stages + layout.scales(), full, empty, received, group,
-                                   rank, blocks, cluster, clusters);
+    consume<F, kScales, Tile, Out, kCluster>(
+        output, p, stages, layout.stages, stages + layout.out(), stages + layout.tokens(), stages + layout.parts(),
+        stages + layout.scales(), full, empty, received, group, rank, blocks, cluster, clusters);
   }
 #endif
 }
@@ -411,7 +403,13 @@ void run_warpgroup(const void* x, int64_t pitch, WarpgroupProblem p, int blocks,
   p.filled = reinterpret_cast<uint64_t*>(static_cast<char*>(workspace) + int64_t(processors) * Tile::kPartialBytes);
   const Grid grid{dim3(static_cast<unsigned>(wanted)), Tile::kThreads, static_cast<size_t>(layout.bytes()), true,
                   blocks};
-  launch(warpgroup_kernel<F, kScales, Tile, Out>, grid, stream, activations, output, p, layout, blocks);
+  const auto launch_form = [&](auto in_cluster) {
+    launch(warpgroup_kernel<F, kScales, Tile, Out, in_cluster>, grid, stream, activations, output, p, layout, blocks);
+  };
+  if constexpr (Tile::kSplits) {
+    if (blocks > 1) return launch_form(std::true_type());
+  }
+  launch_form(std::false_type());
 }
 
 }  // namespace bitkernels::cuda

@@ -14,7 +14,7 @@ constexpr int kWarpgroup = 128;     // threads
 constexpr int kWarpgroupRows = 64;  // of wgmma
 constexpr int kBoxBytes = 128;      // of a row of activations in shared memory: one swizzle
 constexpr int kStepBytes = 64;      // of a row of activations: what one step of the loop consumes
-constexpr int kMostCluster = 4;
+constexpr int kMostCluster = 5;
 
 enum class ScalesOf { kColumns, kRows, kNothing };
 
@@ -147,10 +147,12 @@ WarpgroupLayout<F, Tile> warpgroup_layout(ScalesOf scales, int64_t K, int blocks
 template <bool kCuts>
 class WarpgroupWork {
  public:
-  int tile, begin, end;  // stages of K
+  int row_tile, token_tile;
+  int begin, end;  // stages of K
 
   __device__ WarpgroupWork(const WarpgroupProblem& p, int stages, int rank, int blocks, int cluster, int clusters)
       : stages_(stages),
+        row_tiles_(p.row_tiles),
         whole_(p.tiles - p.cut.tiles),
         clusters_(clusters),
         next_whole_(cluster),
@@ -191,14 +193,14 @@ class WarpgroupWork {
 
   __device__ bool next() {
     if (next_whole_ < whole_) {
-      tile = next_whole_;
+      take(next_whole_);
       begin = part_begin_;
       end = part_end_;
       next_whole_ += clusters_;
       return true;
     }
     if (!kCuts || left_ <= 0) return false;
-    tile = next_cut_++;
+    take(next_cut_++);
     begin = next_begin_;
     end = min(last_, begin + left_);
     left_ -= end - begin;
@@ -207,14 +209,20 @@ class WarpgroupWork {
   }
 
   // Whether the sums of the present tile are left for another block, and then where.
-  __device__ bool leaves() const { return tile >= whole_ && begin > 0; }
+  __device__ bool leaves() const { return tile_ >= whole_ && begin > 0; }
   __device__ int next_place() { return place_++; }
   // How many others have left sums of it, and where the first has.
-  __device__ int others() const { return tile >= whole_ && begin == 0 && end < stages_ ? others_ : 0; }
+  __device__ int others() const { return tile_ >= whole_ && begin == 0 && end < stages_ ? others_ : 0; }
   __device__ int others_place() const { return others_place_; }
 
  private:
-  int stages_, whole_, clusters_, next_whole_, part_begin_, part_end_;
+  __device__ void take(int tile) {
+    tile_ = tile;
+    token_tile = tile / row_tiles_;
+    row_tile = tile - token_tile * row_tiles_;
+  }
+
+  int tile_, stages_, row_tiles_, whole_, clusters_, next_whole_, part_begin_, part_end_;
   int next_cut_, next_begin_, first_, last_, left_, place_, others_, others_place_;
 };
 
@@ -247,57 +255,82 @@ __device__ void fetch_words(const WarpgroupProblem& p, int64_t first_row, int64_
   }
 }
 
-// Both values of columns k and k + 1: [16 columns][lane of a quad][2t and 2t + 1, 2t + 8 and 2t + 9].
+// Where both values of columns k and k + 1 lie, k even: [16 columns][lane of a quad][2t and 2t + 1, 2t + 8 and 2t + 9].
+__device__ inline SharedAddress place_of_pair(SharedAddress table, uint32_t k) {
+  const uint32_t pair = k / 2;
+  return table + (pair / 8 * 8 + pair % 4 * 2 + pair % 8 / 4) * sizeof(Values);
+}
+
 template <typename T>
-__device__ void tabulate_pair(SharedAddress table, int k, float alpha0, float beta0, float alpha1, float beta1) {
+__device__ void tabulate_pair(SharedAddress to, float alpha0, float beta0, float alpha1, float beta1) {
   const Values values = values_of<T>(alpha0, beta0, alpha1, beta1);
-  const int pair = k / 2;
-  const int place = pair / 8 * 8 + pair % 4 * 2 + pair % 8 / 4;
-  store_words(table + place * sizeof(Values), values.low, values.difference);
+  store_words(to, values.low, values.difference);
 }
 
 // The table of all columns, zero past K. A thread takes four at a time and asks for those of kBatch times at once; the
 // code is short because all of it is fetched before the first product.
-template <typename T>
-__device__ void tabulate_scales(const WarpgroupProblem& p, int columns, SharedAddress table, int thread, int threads) {
+template <typename T, int kThreads>
+__device__ void tabulate_scales(const WarpgroupProblem& p, int columns, SharedAddress table, int thread) {
   constexpr int kBatch = 5;
+  constexpr int kColumns = 4 * kThreads;  // at a time
   const bool vector =
       p.K % 4 == 0 && reinterpret_cast<uintptr_t>(p.alpha) % 16 == 0 && reinterpret_cast<uintptr_t>(p.beta) % 16 == 0;
   if (!vector) {
 #pragma unroll 1
-    for (int k = 2 * thread; k < columns; k += 2 * threads) {
+    for (int k = 2 * thread; k < columns; k += 2 * kThreads) {
       const bool first = k < p.K;
       const bool second = k + 1 < p.K;
-      tabulate_pair<T>(table, k, first ? p.alpha[k] : 0.0f, first ? p.beta[k] : 0.0f, second ? p.alpha[k + 1] : 0.0f,
-                       second ? p.beta[k + 1] : 0.0f);
+      tabulate_pair<T>(place_of_pair(table, k), first ? p.alpha[k] : 0.0f, first ? p.beta[k] : 0.0f,
+                       second ? p.alpha[k + 1] : 0.0f, second ? p.beta[k + 1] : 0.0f);
     }
     return;
   }
 #pragma unroll 1
-  for (int first = 4 * thread; first < columns; first += 4 * threads * kBatch) {
+  for (int first = 4 * thread; first < columns; first += kColumns * kBatch) {
     float4 alpha[kBatch], beta[kBatch];
 #pragma unroll
     for (int j = 0; j < kBatch; ++j) {
-      const int k = first + 4 * threads * j;
+      const int k = first + kColumns * j;
       alpha[j] = k < p.K ? *reinterpret_cast<const float4*>(p.alpha + k) : float4{};
       beta[j] = k < p.K ? *reinterpret_cast<const float4*>(p.beta + k) : float4{};
     }
+    const SharedAddress place = place_of_pair(table, first);
 #pragma unroll
     for (int j = 0; j < kBatch; ++j) {
-      const int k = first + 4 * threads * j;
-      if (k >= columns) break;
-      tabulate_pair<T>(table, k, alpha[j].x, beta[j].x, alpha[j].y, beta[j].y);
-      tabulate_pair<T>(table, k + 2, alpha[j].z, beta[j].z, alpha[j].w, beta[j].w);
+      if (first + kColumns * j >= columns) break;
+      const SharedAddress pair = place + kColumns / 2 * j * sizeof(Values);
+      tabulate_pair<T>(pair, alpha[j].x, beta[j].x, alpha[j].y, beta[j].y);
+      tabulate_pair<T>(pair + 2 * sizeof(Values), alpha[j].z, beta[j].z, alpha[j].w, beta[j].w);
     }
   }
 }
 
-template <class F, class Tile>
+// This block's share of what all blocks will read soon, if it is not much: meanwhile the kernel before ends.
+__device__ inline void prefetch_slice(const void* p, int64_t bytes) {
+  constexpr int64_t kMost = 16 << 20;
+  if (bytes > kMost || reinterpret_cast<uintptr_t>(p) % 16 != 0) return;
+  const uint32_t vectors = static_cast<uint32_t>(bytes / 16);
+  const uint32_t each = (vectors + gridDim.x - 1) / gridDim.x;
+  const uint32_t from = min(vectors, each * blockIdx.x);
+  prefetch_to_l2(static_cast<const uint4*>(p) + from, 16 * (min(vectors, from + each) - from));
+}
+
+template <class F, ScalesOf kScales, class Tile, bool kCluster>
 __device__ void produce(const CUtensorMap& activations, const WarpgroupProblem& p, SharedAddress stages, int slots,
                         SharedAddress full, SharedAddress empty, int rank, int blocks, int cluster, int clusters) {
   using Layout = WarpgroupLayout<F, Tile>;
   const int thread = threadIdx.x % kWarpgroup;
-  WarpgroupWork<Tile::kCuts> work(p, static_cast<int>(ceil_div(p.K, Layout::kDepth)), rank, blocks, cluster, clusters);
+  if (thread == 32) {
+    prefetch_slice(p.x, p.x_bytes);
+    prefetch_slice(p.w, p.rows * p.words * 4);
+  }
+  if (kScales == ScalesOf::kColumns && thread == 64) {
+    prefetch_slice(p.alpha, p.K / 4 * 16);
+    prefetch_slice(p.beta, p.K / 4 * 16);
+  }
+  constexpr bool kCuts = Tile::kCuts && !kCluster;
+  WarpgroupWork<kCuts> work(p, static_cast<int>(ceil_div(p.K, Layout::kDepth)), rank, blocks, cluster, clusters);
+  bool more = work.next();
   wait_for_previous_kernel();
   let_next_kernel_start();
 
@@ -323,11 +356,11 @@ __device__ void produce(const CUtensorMap& activations, const WarpgroupProblem& 
     }
     left = -1;
   };
-  while (work.next()) {
-    const int64_t row = int64_t(work.tile % p.row_tiles) * Tile::kRows;
-    const int token = work.tile / p.row_tiles * Tile::kTokens;
+  for (; more; more = work.next()) {
+    const int64_t row = int64_t(work.row_tile) * Tile::kRows;
+    const int token = work.token_tile * Tile::kTokens;
     for (int s = work.begin; s < work.end; ++s) {
-      if (Tile::kCuts && left >= 0 && (until-- == 0 || s + 1 == work.end)) announce_left();
+      if (kCuts && left >= 0 && (until-- == 0 || s + 1 == work.end)) announce_left();
       barrier_wait(empty + 8 * slot, parity);
       if (thread == 0) {
         barrier_arrive_expecting(full + 8 * slot, Tile::kActivationBytes);
@@ -347,7 +380,7 @@ __device__ void produce(const CUtensorMap& activations, const WarpgroupProblem& 
       barrier_arrive_after_copies(full + 8 * slot);
       advance();
     }
-    if constexpr (Tile::kCuts) {
+    if constexpr (kCuts) {
       if (work.leaves()) {
         left = work.next_place();
         until = slots;
@@ -371,7 +404,7 @@ __device__ void produce(const CUtensorMap& activations, const WarpgroupProblem& 
       }
     }
   }
-  if (Tile::kCuts && left >= 0) announce_left();
+  if (kCuts && left >= 0) announce_left();
 }
 
 }  // namespace bitkernels::cuda
