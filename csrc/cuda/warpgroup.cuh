@@ -60,7 +60,8 @@ __device__ void consume(const CUtensorMap& output, const WarpgroupProblem& p, Sh
   let_next_kernel_start();
   constexpr int kConsumerThreads = kWarpgroup * Tile::kConsumers;
   if constexpr (kColumnScales) {
-    tabulate_scales<typename F::T, kConsumerThreads>(p, all_stages * Layout::kDepth, scales, threadIdx.x);
+    tabulate_scales<typename F::T, kConsumerThreads>(p, work.first_stage() * Layout::kDepth,
+                                                     work.last_stage() * Layout::kDepth, scales, threadIdx.x);
     named_barrier(1, kConsumerThreads);
   }
 

@@ -173,7 +173,7 @@ class WarpgroupWork {
       next_cut_ = whole_ + from / stages;
       next_begin_ = from % stages;
     } else if (helper < 0) {
-      left_ = last_ = cut.own;
+      left_ = last_ = part_end_ = cut.own;
     } else {
       place_ = helper * cut.tiles_of_helper;
       const int tail = stages - cut.own;
@@ -181,7 +181,7 @@ class WarpgroupWork {
       const int part = place_ % cut.helpers_of_tile;
       const int from = tail * part / cut.helpers_of_tile;
       first_ = cut.own;
-      next_begin_ = first_ + from;
+      next_begin_ = part_begin_ = first_ + from;
       next_cut_ = whole_ + of_tile;
       left_ = cut.tiles_of_helper > 1 ? tail * min(cut.tiles_of_helper, cut.tiles - of_tile)
               : of_tile < cut.tiles   ? tail * (part + 1) / cut.helpers_of_tile - from
@@ -207,6 +207,10 @@ class WarpgroupWork {
     next_begin_ = first_;
     return true;
   }
+
+  // All its stages lie between these.
+  __device__ int first_stage() const { return part_begin_; }
+  __device__ int last_stage() const { return part_end_; }
 
   // Whether the sums of the present tile are left for another block, and then where.
   __device__ bool leaves() const { return tile_ >= whole_ && begin > 0; }
@@ -267,17 +271,17 @@ __device__ void tabulate_pair(SharedAddress to, float alpha0, float beta0, float
   store_words(to, values.low, values.difference);
 }
 
-// The table of all columns, zero past K. A thread takes four at a time and asks for those of kBatch times at once; the
-// code is short because all of it is fetched before the first product.
+// The table of columns `from` to `to`, multiples of 64, zero past K. A thread takes four at a time and asks for those
+// of kBatch times at once; the code is short because all of it is fetched before the first product.
 template <typename T, int kThreads>
-__device__ void tabulate_scales(const WarpgroupProblem& p, int columns, SharedAddress table, int thread) {
+__device__ void tabulate_scales(const WarpgroupProblem& p, int from, int to, SharedAddress table, int thread) {
   constexpr int kBatch = 5;
   constexpr int kColumns = 4 * kThreads;  // at a time
   const bool vector =
       p.K % 4 == 0 && reinterpret_cast<uintptr_t>(p.alpha) % 16 == 0 && reinterpret_cast<uintptr_t>(p.beta) % 16 == 0;
   if (!vector) {
 #pragma unroll 1
-    for (int k = 2 * thread; k < columns; k += 2 * kThreads) {
+    for (int k = from + 2 * thread; k < to; k += 2 * kThreads) {
       const bool first = k < p.K;
       const bool second = k + 1 < p.K;
       tabulate_pair<T>(place_of_pair(table, k), first ? p.alpha[k] : 0.0f, first ? p.beta[k] : 0.0f,
@@ -286,7 +290,7 @@ __device__ void tabulate_scales(const WarpgroupProblem& p, int columns, SharedAd
     return;
   }
 #pragma unroll 1
-  for (int first = 4 * thread; first < columns; first += kColumns * kBatch) {
+  for (int first = from + 4 * thread; first < to; first += kColumns * kBatch) {
     float4 alpha[kBatch], beta[kBatch];
 #pragma unroll
     for (int j = 0; j < kBatch; ++j) {
@@ -297,7 +301,7 @@ __device__ void tabulate_scales(const WarpgroupProblem& p, int columns, SharedAd
     const SharedAddress place = place_of_pair(table, first);
 #pragma unroll
     for (int j = 0; j < kBatch; ++j) {
-      if (first + kColumns * j >= columns) break;
+      if (first + kColumns * j >= to) break;
       const SharedAddress pair = place + kColumns / 2 * j * sizeof(Values);
       tabulate_pair<T>(pair, alpha[j].x, beta[j].x, alpha[j].y, beta[j].y);
       tabulate_pair<T>(pair + 2 * sizeof(Values), alpha[j].z, beta[j].z, alpha[j].w, beta[j].w);
