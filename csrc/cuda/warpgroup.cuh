@@ -65,23 +65,32 @@ __device__ void consume(const CUtensorMap& output, const WarpgroupProblem& p, Sh
     named_barrier(1, kConsumerThreads);
   }
 
-  // What a step consumes besides activations.
-  struct Step {
-    uint32_t upper[F::kWords], lower[F::kWords];
-    uint32_t columns[kColumnScales ? 2 : 1][4];
-  };
+  // What a step consumes besides activations. Words are fetched for all steps of a box.
   constexpr int kStepsOfBox = kBoxBytes / kStepBytes;
   constexpr int kWordsOfBox = F::kWords * kStepsOfBox;
+  struct Step {
+    uint32_t upper[kStepsOfBox][F::kWords], lower[kStepsOfBox][F::kWords];
+    uint32_t columns[kColumnScales ? 2 : 1][4];
+  };
   const SharedAddress my_words =
       Tile::kActivationBytes +
       ((row_group * kWarpgroupRows + warp * 16 + g) * Layout::kWordsOfRow + split * kWordsOfBox) * 4;
   constexpr int kScaleStep = 128;  // bytes
   constexpr int kScaleStage = Tile::kBoxes * kStepsOfBox * kScaleStep;
+  const auto fetch_box = [&](SharedAddress from, uint32_t (&words)[kStepsOfBox][F::kWords]) {
+    constexpr int kVector = std::min(kWordsOfBox, 4);
+#pragma unroll
+    for (int i = 0; i < kWordsOfBox; i += kVector) {
+      load_words(from + 4 * i, reinterpret_cast<uint32_t (&)[kVector]>(words[i / F::kWords][i % F::kWords]));
+    }
+  };
   const auto fetch = [&](SharedAddress stage, SharedAddress my_scales, int i, Step& step) {
     const int at = i / kStepsOfBox * Tile::kSplit * kStepsOfBox + i % kStepsOfBox;
-    const SharedAddress words = my_words + stage + at * F::kWords * 4;
-    load_words(words, step.upper);
-    load_words(words + 8 * Layout::kWordsOfRow * 4, step.lower);
+    if (i % kStepsOfBox == 0) {
+      const SharedAddress words = my_words + stage + at * F::kWords * 4;
+      fetch_box(words, step.upper);
+      fetch_box(words + 8 * Layout::kWordsOfRow * 4, step.lower);
+    }
     if constexpr (kColumnScales) {
       load_words(my_scales + at * kScaleStep, step.columns[0]);
       load_words(my_scales + at * kScaleStep + kScaleStep / 2, step.columns[1]);
@@ -144,15 +153,17 @@ __device__ void consume(const CUtensorMap& output, const WarpgroupProblem& p, Sh
 #pragma unroll
       for (int i = 0; i < Layout::kSteps; ++i) {
         uint32_t (&operands)[2][4] = a[i % 2];
+        const uint32_t (&upper)[F::kWords] = step.upper[i % kStepsOfBox];
+        const uint32_t (&lower)[F::kWords] = step.lower[i % kStepsOfBox];
         if constexpr (kColumnScales) {
           const auto of_column = [&](int i, int) {
             return Values{step.columns[i / 2][i % 2 * 2], step.columns[i / 2][i % 2 * 2 + 1]};
           };
-          operand.decode(step.upper, step.lower, of_column, operands);
+          operand.decode(upper, lower, of_column, operands);
         } else if constexpr (kScales == ScalesOf::kRows) {
-          operand.decode(step.upper, step.lower, [&](int, int h) { return rows[h]; }, operands);
+          operand.decode(upper, lower, [&](int, int h) { return rows[h]; }, operands);
         } else {
-          operand.decode(step.upper, step.lower, operands);
+          operand.decode(upper, lower, operands);
         }
         const int at = i / kStepsOfBox * Tile::kSplit * Tile::kBoxSize + i % kStepsOfBox * kStepBytes;
         const uint64_t b = in_stage + at / 16;
