@@ -15,11 +15,13 @@ struct BitPlan {
 };
 
 // Processor cycles on an H200, the first measured and the others fitted to the times of calls: of the products of 64
-// rows with 256 columns of K, of what surrounds a tile of 256 planes, and until the first tile has its activations.
+// rows with 256 columns of K, of what surrounds a tile of 256 planes, and until the first tile has its activations,
+// of which more tokens take longer.
 // Besides, a processor takes in so many bytes a cycle.
 constexpr int bit_step_cycles(int columns) { return columns <= 16 ? 20 : columns / 2; }
 constexpr int kBitRestCycles[] = {1200, 1600, 3100};  // by groups of rows
 constexpr int kBitStartCycles = 7000;
+constexpr int kBitTokenCycles = 16;
 constexpr int kBytesPerCycle = 40;
 
 // The tile of least cost: rounds of tiles over the processors, times what a tile costs.
@@ -37,7 +39,7 @@ BitPlan plan_bits(int64_t M, int64_t N, int64_t K, int processors) {
     const int64_t copies = (row_groups * kBitMmaRows + best.columns) * kBitMmaChunks * kChunkBytes / kBytesPerCycle;
     const int64_t tile = ceil_div(K, kStepColumns) * (products > copies ? products : copies) +
                          kBitRestCycles[row_groups - 1] * best.columns / 256;
-    const int64_t cycles = kBitStartCycles + ceil_div(tiles, processors) * tile;
+    const int64_t cycles = kBitStartCycles + M * kBitTokenCycles + ceil_div(tiles, processors) * tile;
     if (cycles < best.cycles) best = {best.columns, row_groups, cycles};
   }
   return best;

@@ -124,7 +124,7 @@ auto with_operand(DType dtype, bool by_column, Function&& f) {
 // What a call is expected to take, in processor cycles, the launches included; int8 activations are quantised first.
 template <typename F>
 int64_t warpgroup_cycles(DType dtype, bool by_column, int64_t M, int64_t N, int64_t K) {
-  constexpr int kLaunchCycles = 3000;
+  constexpr int kLaunchCycles = 1500;
   constexpr int kQuantizeCycles = 3700;
   const int64_t cycles = with_operand<F>(dtype, by_column, [&](auto operand, auto scales, auto) {
     return plan_tiles<typename decltype(operand)::type>(scales, M, N, K, processor_count()).cycles;

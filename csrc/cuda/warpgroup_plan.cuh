@@ -11,9 +11,10 @@ namespace bitkernels::cuda {
 template <typename T>
 using Tiles =
     std::tuple<WarpgroupTile<16, 1, 2, 4, 6, 2>, WarpgroupTile<32, 1, 2, 4, 4, 2>, WarpgroupTile<64, 1, 2, 4, 3, 1>,
-               WarpgroupTile<128, 2, 1, 2, 4, 1>, WarpgroupTile<176, 2, 1, 1, 5, 1>,
-               WarpgroupTile<std::is_same_v<T, int8_t> ? 208 : 216, 2, 1, 1, 5, 1>, WarpgroupTile<256, 2, 1, 1, 4, 1>>;
-constexpr int kTiles = 7;
+               WarpgroupTile<64, 2, 1, 2, 6, 1>, WarpgroupTile<96, 2, 1, 2, 5, 1>, WarpgroupTile<128, 2, 1, 2, 4, 1>,
+               WarpgroupTile<176, 2, 1, 1, 5, 1>, WarpgroupTile<std::is_same_v<T, int8_t> ? 208 : 216, 2, 1, 1, 5, 1>,
+               WarpgroupTile<256, 2, 1, 1, 4, 1>>;
+constexpr int kTiles = 9;
 
 // Calls f with the chosen tile.
 template <typename T, int tile = 0, typename Function>
@@ -31,26 +32,32 @@ struct Plan {
   int64_t cycles;  // expected, without the launch
 };
 
-// Processor cycles of one step of K (64 bytes of a token) and of what surrounds a tile, measured on an H200. A narrow
-// tile costs what its decoding costs, a wide one what its products cost.
+// Cycles at 1.8 GHz of one step of K (64 bytes of a token) and of what surrounds a tile, fitted to times of calls on an
+// H200; int8: of calls of an older version. A narrow tile costs what its decoding costs, a wide one what its products
+// cost.
 struct TileCost {
   int step, rest;
 };
-constexpr TileCost kTileCosts[kTiles] = {{95, 1100},  {105, 1100}, {132, 1300}, {310, 2500},
-                                         {425, 2600}, {462, 2800}, {524, 3200}};
-constexpr TileCost kInt8TileCosts[kTiles] = {{150, 1100}, {160, 1100}, {170, 1300}, {310, 2500},
-                                             {425, 2600}, {462, 2800}, {524, 3200}};
-constexpr int kStartCost = 2500;    // of a block, until its first products
-constexpr int kClusterCost = 2000;  // of starting together and adding up
+constexpr TileCost kTileCosts[kTiles] = {{95, 3100},  {105, 3100}, {110, 2800}, {214, 1400}, {274, 700},
+                                         {311, 1000}, {445, 700},  {490, 1500}, {570, 2000}};
+constexpr TileCost kInt8TileCosts[kTiles] = {{150, 3100}, {160, 3100}, {170, 2600}, {250, 1400}, {280, 1000},
+                                             {310, 1000}, {425, 1000}, {462, 1000}, {524, 2600}};
+constexpr int kStartCost = 1400;  // of a block, until its first products
+// Of a cluster, for each of its blocks, and of its sums.
+constexpr int kClusterCost = 300;
+constexpr int kSentBytesPerCycle = 16;
 // Of partial sums, besides their bytes: to leave them, to fetch them, to add them.
 constexpr int kLeaveCost = 500;
-constexpr int kFetchCost = 1500;
-constexpr int kAddCost = 1800;
+constexpr int kFetchCost = 2500;
+constexpr int kAddCost = 1300;
 constexpr int kPartialBytesPerCycle = 40;
 constexpr int kAddedBytesPerCycle = 100;
 
+// Clusters that run at once. The processors of one belong to the same group of up to 18, and not all groups are full.
+inline int64_t most_clusters(int64_t processors, int blocks) { return processors / 18 * (16 / blocks); }
+
 // Up to so many tokens, as decode steps have, the order of a token's sums does not depend on where in the batch it is:
-// tiles are cut only where all tokens share them.
+// tiles are cut only where one holds all tokens, or all are cut alike.
 constexpr int64_t kInvariantTokens = 256;
 
 struct PricedCut {
@@ -99,18 +106,20 @@ Plan plan_tiles(ScalesOf scales, int64_t M, int64_t N, int64_t K, int processors
       using Layout = WarpgroupLayout<F, Tile>;
       const auto [step, rest] = (std::is_same_v<T, int8_t> ? kInt8TileCosts : kTileCosts)[i];
       const int64_t tiles = ceil_div(N, Tile::kRows) * ceil_div(M, Tile::kTokens);
-      for (int blocks = 1; blocks <= (Tile::kSplits ? kMostCluster : 1); blocks *= 2) {
+      for (int blocks = 1; blocks <= (Tile::kSplits ? kMostCluster : 1); ++blocks) {
         // Clusters pay where processors would idle; a second round of them costs a second start.
-        if (blocks > 1 && tiles * blocks > processors) break;
+        if (blocks > 1 && tiles > most_clusters(processors, blocks)) break;
         if (warpgroup_layout<F, Tile>(scales, K, blocks).stages < kLeastStages) continue;
         const int64_t whole = ceil_div(steps, blocks) * step + rest;
-        const int64_t cycles = kStartCost + ceil_div(tiles, processors) * whole + (blocks > 1 ? kClusterCost : 0);
+        const int64_t exchange = blocks > 1 ? kClusterCost * blocks + Tile::kPartialBytes / kSentBytesPerCycle : 0;
+        const int64_t cycles = kStartCost + ceil_div(tiles, processors) * whole + exchange;
         if (cycles < best.cycles) best = {i, blocks, {}, cycles};
         if constexpr (Tile::kCuts) {
-          if (blocks > 1 || (M > Tile::kTokens && M <= kInvariantTokens)) continue;
+          if (blocks > 1) continue;
           const int64_t stage = Layout::kDepth * sizeof(T) / kStepBytes * step;
           const auto [cut, priced] = price_cut<Tile>(tiles, ceil_div(K, Layout::kDepth), processors, stage, rest);
-          if (cut.tiles > 0 && kStartCost + priced < best.cycles) best = {i, 1, cut, kStartCost + priced};
+          const bool alike = M <= Tile::kTokens || M > kInvariantTokens || cut.own > 0;
+          if (cut.tiles > 0 && alike && kStartCost + priced < best.cycles) best = {i, 1, cut, kStartCost + priced};
         }
       }
     });
