@@ -258,7 +258,7 @@ def test_compiled_training(device):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("M", [8, 32, 100, 128, 200, 256])
+@pytest.mark.parametrize("M", [8, 32, 64, 96, 100, 128, 200, 256])
 @pytest.mark.parametrize(("N", "K"), [(2560, 5120), (6448, 1536), (1536, 3072), (2048, 4096)])
 def test_place_in_a_batch_does_not_matter(dtype, M, N, K):
     """A batch-invariant engine relies on it: a token's bits are the same wherever in the batch it is."""
@@ -266,6 +266,8 @@ def test_place_in_a_batch_does_not_matter(dtype, M, N, K):
         pytest.skip("no CUDA device is visible")
     x, w_packed, alpha, beta, _ = inputs(Case((M,), N, K), "cuda", dtype)
     y = bitkernels.packed_linear(x, w_packed, alpha, beta)
+    dense = bitkernels.unpack_sign(w_packed, K).double() * alpha + beta
+    assert_close("y", y, F.linear(x.double(), dense))
     assert torch.equal(bitkernels.packed_linear(x.roll(M // 2 + 1, 0), w_packed, alpha, beta), y.roll(M // 2 + 1, 0))
 
 
