@@ -33,14 +33,14 @@ struct Plan {
 };
 
 // Cycles at 1.8 GHz of one step of K (64 bytes of a token) and of what surrounds a tile, fitted to times of calls on an
-// H200; int8: of calls of an older version. A narrow tile costs what its decoding costs, a wide one what its products
-// cost.
+// H200; for int8 to those of an older version, but for tiles of 128 x 64 and 128 x 96, which are guesses. A narrow tile
+// costs what its decoding costs, a wide one what its products cost.
 struct TileCost {
   int step, rest;
 };
 constexpr TileCost kTileCosts[kTiles] = {{95, 3100},  {105, 3100}, {110, 2800}, {214, 1400}, {274, 700},
                                          {311, 1000}, {445, 700},  {490, 1500}, {570, 2000}};
-constexpr TileCost kInt8TileCosts[kTiles] = {{150, 3100}, {160, 3100}, {170, 2600}, {250, 1400}, {280, 1000},
+constexpr TileCost kInt8TileCosts[kTiles] = {{150, 3100}, {160, 3100}, {170, 2800}, {300, 1400}, {305, 1000},
                                              {310, 1000}, {425, 1000}, {462, 1000}, {524, 2600}};
 constexpr int kStartCost = 1400;  // of a block, until its first products
 // Of a cluster, for each of its blocks, and of its sums.
