@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Runs the marked GPU tests under compute-sanitizer: tests/memcheck.sh [TOOL [short]] [further arguments of pytest]
 #   memcheck   (default) accesses outside allocations, after it has caught a planted one
-#   racecheck  accesses of shared memory that no barrier orders
-#   initcheck  reads of global memory that nobody wrote, by this package's kernels. It does not see what the copy engine
-#              writes, so torch's readers of our outputs are left out: there the tests' NaN in fresh memory tells
+#   racecheck  accesses of shared memory that no barrier orders. Among what it reports are add_plain in bit_cluster.cuh
+#              and produce_decays in scan_produce.cuh, where one lane arrives at a barrier for a warp that has met
+#   initcheck  reads of global memory that nobody wrote. It does not see what the copy engine writes, so readers of
+#              products are left out: there the tests' NaN in fresh memory tells
 # All are slow: with short they take a small case or two of the products, the scan and the stack step.
 # Others by -k, one file to a process, as in
 #   tests/memcheck.sh racecheck tests/test_sign_linear.py -k "test_value_and_gradients and bfloat16"
@@ -19,7 +20,7 @@ if [ "${1:-}" = short ]; then
   short+=(-k "(bfloat16 and (N127-K or N300-K or N33-K513 or N200-K320 or T64-H40)) or T65-H24 or (layers and L1-W4)")
 fi
 export PYTORCH_NO_CUDA_MEMORY_CACHING=1
-sanitize=(compute-sanitizer --tool "$tool" --error-exitcode 99 --print-limit 20)
+sanitize=(compute-sanitizer --tool "$tool" --error-exitcode 99 --print-limit 1000)
 tests=(python3 -m pytest -q -p no:cacheprovider -m "memcheck and gpu" "${short[@]}" "$@")
 
 case $tool in
@@ -30,18 +31,16 @@ memcheck)
   fi
   echo "planted out-of-bounds write: caught"
   ;;
-racecheck)
-  # A lane that arrives at a barrier speaks for its warp, which has met before.
-  sanitize+=(--racecheck-indirect-barrier-dependency)
-  ;;
 initcheck)
   # Fresh memory that the tests fill with NaN would count as written.
   export BITKERNELS_POISON=0
   log=$(mktemp)
   trap 'rm -f "$log"' EXIT
   compute-sanitizer --tool initcheck --print-limit 100000 --show-backtrace no "${tests[@]}" | tee "$log" | grep -v "^="
-  # A cut product waits (await) for a word that nobody may have written, by design.
-  if grep -A 1 Uninitialized "$log" | grep " at " | grep -v "at::native\|cuda::await(" >&2; then exit 99; fi
+  # Torch reads outputs, the gradient of weights (sign_linear.cu) a product of cuBLAS, and a cut product waits (await)
+  # for a word that nobody may have written, by design.
+  others="at::native\|in sign_linear.cu\|cuda::await("
+  if grep -A 1 Uninitialized "$log" | grep " at " | grep -v "$others" >&2; then exit 99; fi
   exit
   ;;
 esac
