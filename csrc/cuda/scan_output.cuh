@@ -5,11 +5,6 @@
 
 namespace bitkernels::cuda {
 
-// Consecutive bytes, a multiple of 16, to the L2 cache.
-__device__ inline void prefetch_bytes(const void* from, int bytes) {
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
-}
-
 template <typename T, int N>
 __device__ void make_outputs(const ScanPlace<N>& at, const ScanProblem& p, const CUtensorMap& y_map, int group) {
   using Place = ScanPlace<N>;
@@ -44,7 +39,7 @@ __device__ void make_outputs(const ScanPlace<N>& at, const ScanProblem& p, const
   }
   for (; b < end; b += kOutputGroups) {
     at.wait_full(b);
-    if (p.z && lane < 16) prefetch_bytes(gate_of(b, 16 * warp + lane), kHeaddim * sizeof(T));
+    if (p.z && lane < 16) prefetch_to_l2(gate_of(b, 16 * warp + lane), kHeaddim * sizeof(T));
     const SharedAddress stage = at.stage(b);
     const ScanDecays& decays = at.decays[b % kScanStages];
     uint32_t c[N / 16][4];
