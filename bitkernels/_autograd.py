@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 
 _LIBRARY = torch.library.Library("bitkernels", "FRAGMENT")
-# By operator: what is called where gradients are wanted.
+# By operator that is registered here: what is called where gradients are wanted.
 _FUNCTIONS: dict[Callable, Callable] = {}
 
 
@@ -55,7 +55,7 @@ def register_autograd(name: str, backward: Callable, setup_context: Callable) ->
 
 def skipping_autograd(op: Callable) -> Callable:
     """Calls ``op`` without the way through the dispatcher to the Python of its gradients, which costs a call eight
-    microseconds: past it where there are none, and to it directly where there are.
+    microseconds: past it where there are none, and where there are, to it directly if they are registered here.
     """
     below_autograd, any_requires_grad = torch._C._AutoDispatchBelowAutograd, torch._C._any_requires_grad
 

@@ -87,5 +87,5 @@ def pytest_sessionstart(session):
     getattr(triton, os.environ["BITKERNELS_INTERPRET"])("CPU")
     from bitkernels.triton import causal_conv1d
 
-    # Programs go through the whole of their strip, however short the sequence is.
+    # A token takes the interpreter milliseconds: short sequences are to have several strips.
     causal_conv1d.FORWARD_STRIP = causal_conv1d.BACKWARD_STRIP = 8

@@ -32,22 +32,28 @@ __device__ __forceinline__ void store_state(float* state, int row, int t, const 
   }
 }
 
-// x^T of a block as the left operand, scaled token by token. `x` is where the lane's rows begin, see transposed_at().
-template <typename T>
-__device__ __forceinline__ void load_scaled(SharedAddress x, const float* scales, int t,
-                                            uint32_t (&a)[kScanTokens / 16][4]) {
+// x^T of a block as the left operand, scaled token by token: each(k, i, pair) for what register i of step k holds. `x`
+// is where the lane's rows begin, see transposed_at().
+template <typename T, typename Each>
+__device__ __forceinline__ void scale_pairs(SharedAddress x, const float* scales, int t, Each&& each) {
   const float2* scale_of = reinterpret_cast<const float2*>(scales) + t;
 #pragma unroll
   for (int k = 0; k < kScanTokens / 16; ++k) {
-    load_transposed(x + k * 16 * 128, a[k]);
+    uint32_t pairs[4];
+    load_transposed(x + k * 16 * 128, pairs);
     const float2 first = scale_of[8 * k], last = scale_of[8 * k + 4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const float2 v = unpack_pair(T(), a[k][i]);
+      const float2 v = unpack_pair(T(), pairs[i]);
       const float2 scale = i < 2 ? first : last;
-      a[k][i] = pack_pair(T(), v.x * scale.x, v.y * scale.y);
+      each(k, i, float2{v.x * scale.x, v.y * scale.y});
     }
   }
+}
+template <typename T>
+__device__ __forceinline__ void load_scaled(SharedAddress x, const float* scales, int t,
+                                            uint32_t (&a)[kScanTokens / 16][4]) {
+  scale_pairs<T>(x, scales, t, [&](int k, int i, float2 v) { a[k][i] = pack_pair(T(), v.x, v.y); });
 }
 __device__ inline int transposed_at(int warp, int lane) {
   return in_box(lane % 8 + lane / 16 * 8, 2 * warp + lane / 8 % 2);

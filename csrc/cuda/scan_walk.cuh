@@ -154,21 +154,11 @@ template <typename T>
 __device__ __forceinline__ void load_split(SharedAddress x, const float* scales, int t,
                                            uint32_t (&high)[kScanTokens / 16][4],
                                            uint32_t (&low)[kScanTokens / 16][4]) {
-  const float2* scale_of = reinterpret_cast<const float2*>(scales) + t;
-#pragma unroll
-  for (int k = 0; k < kScanTokens / 16; ++k) {
-    load_transposed(x + k * 16 * 128, high[k]);
-    const float2 first = scale_of[8 * k], last = scale_of[8 * k + 4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      float2 v = unpack_pair(T(), high[k][i]);
-      const float2 scale = i < 2 ? first : last;
-      v = {v.x * scale.x, v.y * scale.y};
-      high[k][i] = pack_pair(T(), v.x, v.y);
-      const float2 rounded = unpack_pair(T(), high[k][i]);
-      low[k][i] = pack_pair(T(), v.x - rounded.x, v.y - rounded.y);
-    }
-  }
+  scale_pairs<T>(x, scales, t, [&](int k, int i, float2 v) {
+    high[k][i] = pack_pair(T(), v.x, v.y);
+    const float2 rounded = unpack_pair(T(), high[k][i]);
+    low[k][i] = pack_pair(T(), v.x - rounded.x, v.y - rounded.y);
+  });
 }
 
 template <typename T, int N>
