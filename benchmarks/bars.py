@@ -47,6 +47,13 @@ def dense_wide(rows: list[Row]) -> Iterator[Figure]:
             yield from ((row["case"], row["us"], peer["us"]) for peer in peers_of(row, "cuBLAS"))
 
 
+def bare_read(rows: list[Row]) -> Iterator[Figure]:
+    """The large layer at one token: at least 75 % of the bandwidth of a read of the same bytes."""
+    for row in rows:
+        if row["case"].startswith("large"):
+            yield from ((row["case"], row["us"], peer["us"] / 0.75) for peer in peers_of(row, "bare read"))
+
+
 def against_peer(pattern: str, share: float, quantity: str = "us") -> Callable[[list[Row]], Iterator[Figure]]:
     """Times, or megabytes, of the cases of a pattern: at most so much of mamba_ssm's."""
 
@@ -76,6 +83,7 @@ def errors(rows: list[Row]) -> Iterator[Figure]:
 BARS = [
     Bar("packed_linear", "no call takes 10 % longer than one of the next size", next_size),
     Bar("packed_linear", "up to 512 tokens, at most 1.05 times cuBLAS", dense_curve),
+    Bar("packed_linear", "the large layer, M = 1: 75 % of the bandwidth of a bare read", bare_read),
     Bar("packed_linear", "fp16 and fp32, up to 32 tokens: no slower than cuBLAS in that type", dense_wide),
     Bar("ternary_linear", "fp16 and fp32, up to 32 tokens: no slower than cuBLAS in that type", dense_wide),
     Bar("ssd_scan", "N = 64: 1.5 times as fast as mamba_ssm", against_peer(".*N=64.*", 1 / 1.5)),

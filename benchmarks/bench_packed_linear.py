@@ -60,6 +60,8 @@ def test_packed_linear(layer, M, dtype, device, peer_cases, compare):
         codes = (reference.unpack_sign(w_packed, K) > 0).to(torch.uint8)
         scale = torch.full((1, 1), 2.0, device=device)
         others.append(peers.gemlite_linear("GemLite 1-bit", 1, x, codes, scale, 0.5, peer_cases in name))
+    if curve and M == 1:
+        others.append(peers.bare_read(w_packed))
     compare(
         name, ours, others, 2 * M * N * K, shape=[M, N, K], dtype=str(dtype), weight_bytes=nbytes(w_packed),
         headline=layer == "2.7B in_proj" and dtype == torch.bfloat16 and (M in FEW_ROWS or device == "cpu"),

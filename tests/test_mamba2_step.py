@@ -114,6 +114,8 @@ LAYERS = [
     Layer(1, 64, 4, 64, 1, 128),
     Layer(1, 33, 3, 5, 1, 7, bias=True),
     Layer(2, 96, 4, 24, 2, 20, scales="row"),
+    Layer(3, 512, 10, 32, 2, 128, bias=True),
+    Layer(8, 256, 24, 64, 1, 128),
     Layer(9, 64, 2, 32, 1, 16, scales="single", bias=True),
     Layer(0, 64, 2, 32, 1, 16),
 ]
