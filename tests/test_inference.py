@@ -154,7 +154,10 @@ def test_steps_that_are_padded_and_read_late():
     for prompt, length in zip(prompts, lengths, strict=True):
         params = SamplingParams(length, 0, top_k=3, repetition_penalty=1.0 if length % 2 else 1.0001)
         requests.append(engine.submit(prompt, params))
-        engine.step()
+        new = engine.step()
+        # The first token of all waits for no capture.
+        assert new or len(requests) > 1
+        assert engine._graphs.captured == (len(requests) > 1)
     drawn = engine.submit([7], SamplingParams(9, 0.9, top_k=5, seed=2))
     stopping = engine.submit(prompts[1], SamplingParams(9, 0, stop_tokens=[greedy_by_forward(model, prompts[1], 3)[2]]))
     finish(engine)

@@ -492,8 +492,7 @@ class BiMambaForCausalLM(nn.Module):
         for layer, conv, ssm in zip(self.layers, cache.conv, cache.ssm, strict=True):
             residual, normed = layer.norm.after(residual, branch, dtype)
             branch = layer.mixer(normed, None, conv, ssm, packed)
-        residual, branch = packed.last(residual), packed.last(branch)
-        return self.next_logits(self.norm.after(residual, branch, dtype)[1])
+        return self._logits_after(packed.last(residual) + packed.last(branch), dtype)
 
     @torch.no_grad()
     def step(self, ids: Tensor, cache: BiMambaCache, slots: Slots | None = None) -> Tensor:
@@ -508,6 +507,10 @@ class BiMambaForCausalLM(nn.Module):
         dtype, residual = hidden.dtype, hidden.float()
         residual = self._step_layers(residual, dtype, cache, slots)
         cache.tokens += 1
+        return self._logits_after(residual, dtype)
+
+    def _logits_after(self, residual: Tensor, dtype: torch.dtype) -> Tensor:
+        """``next_logits`` of the norm of the last residual, [B, d_model]."""
         head = self.embedding if self.head is None else self.head
         if residual.is_cuda and isinstance(head, nn.Embedding | nn.Linear) and head.weight.dtype == dtype:
             return head_step(residual, self.norm.weight, head.weight, self.norm.eps)
