@@ -108,17 +108,17 @@ def _split_conv(xbc: Tensor, width: int, heads: int, ngroups: int) -> tuple[Tens
 
 @functools.cache
 def _parts(device: str) -> tuple[Callable, Callable, Callable]:
-    """Convolution, scan and norm on such devices: on CUDA past the dispatcher, which would take the host longer than
-    short sequences take the kernels."""
-    if device != "cuda":
-        ops = torch.ops.bitkernels
-        return ops.causal_conv1d.default, ops.ssd_scan.default, ops.gated_rms_norm.default
-    from bitkernels.triton.arguments import on_its_device
-    from bitkernels.triton.causal_conv1d import causal_conv1d
-    from bitkernels.triton.gated_rms_norm import gated_rms_norm
-    from bitkernels.triton.ssd_scan import ssd_scan
+    """Convolution, scan and norm on such devices. On CUDA the first two are Python, called past the dispatcher, which
+    would take the host longer than short sequences take the kernels."""
+    ops = torch.ops.bitkernels
+    convolution, scan = ops.causal_conv1d.default, ops.ssd_scan.default
+    if device == "cuda":
+        from bitkernels.triton.arguments import on_its_device
+        from bitkernels.triton.short_convolution import causal_conv1d
+        from bitkernels.triton.ssd_scan import ssd_scan
 
-    return on_its_device(causal_conv1d), on_its_device(ssd_scan), on_its_device(gated_rms_norm)
+        convolution, scan = on_its_device(causal_conv1d), on_its_device(ssd_scan)
+    return convolution, scan, ops.gated_rms_norm.default
 
 
 def _norm_backward(dy, y, z, weight, eps, group_size, dz):

@@ -5,7 +5,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bitkernels.triton import arguments
 from bitkernels.triton.arguments import check, check_shape
 from bitkernels.triton.gated_rms_norm import load_row
 from bitkernels.triton.launch import Launch, layout, planned
@@ -129,7 +128,3 @@ def add_rms_norm_backward(
         dweight, rows, D, eps, **_block(D),
     )  # fmt: skip
     return dresidual, dbranch, dweight.sum(0)
-
-
-def register(dispatch_key: str = "CUDA") -> None:
-    arguments.register(dispatch_key, add_rms_norm, add_rms_norm_backward)

@@ -4,8 +4,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bitkernels.triton import arguments
-
 
 def mamba2_in_step(
     residual: Tensor,
@@ -96,7 +94,3 @@ def mamba2_step(
         z.unflatten(-1, heads), dt_bias, True, 0.0, None, state_indices, seed, position,
     )  # fmt: skip
     ops.mamba2_out_step(residual, y.flatten(-2), out_norm, out_packed, out_alpha, out_beta, out_bias, out_eps)
-
-
-def register(dispatch_key: str = "CUDA") -> None:
-    arguments.register(dispatch_key, mamba2_in_step, mamba2_out_step, mamba2_step)
