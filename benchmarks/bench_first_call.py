@@ -1,6 +1,7 @@
 """The first call of an operator in a fresh process, and the slowest first call of further shapes.
 
-Operators on Triton compile in the first call ever; in later processes they find what they need in Triton's cache.
+Operators on Triton compile in the first call ever; in later processes they find what they need in Triton's cache. On
+Hopper GPUs the scan, gated or not, and its gradients are CUDA C++: there the mixer alone asks for anything.
 torch has had a backward before: its first one imports for two seconds.
 """
 
@@ -14,12 +15,19 @@ from pathlib import Path
 import pytest
 import torch
 from bench_ssd_scan import Case, inputs
-from harness import LAYERS, quantity
+from harness import HEADDIM, HEADS, LAYERS, STATE, quantity
 
 import bitkernels
 
 ROOT = Path(__file__).resolve().parent.parent
-CASES = ["ssd_scan, forward+backward", "ssd_scan, gated, forward+backward", "packed_linear", "ternary_linear, int8"]
+CASES = [
+    "ssd_scan, forward+backward",
+    "ssd_scan, gated, forward+backward",
+    "mamba2_mixer, forward",
+    "mamba2_mixer, forward+backward",
+    "packed_linear",
+    "ternary_linear, int8",
+]
 
 
 def pytest_generate_tests(metafunc):
@@ -32,6 +40,19 @@ def scan(B: int, T: int, gated: bool):
     if gated:
         keywords["z"] = torch.randn_like(dy)
     return lambda: torch.autograd.grad(bitkernels.ssd_scan(*args, **keywords), args, dy)
+
+
+def mixer(B: int, T: int, backward: bool):
+    H = HEADS["2.7B"]
+    width, channels = H * HEADDIM, H * HEADDIM + 2 * STATE
+    zxbcdt = torch.randn(B, T, width + channels + H, device="cuda").bfloat16().requires_grad_(backward)
+    conv_weight, conv_bias = torch.randn(channels, 4, device="cuda"), torch.randn(channels, device="cuda")
+    A, D, dt_bias = -torch.rand(H, device="cuda") - 0.5, torch.ones(H, device="cuda"), torch.zeros(H, device="cuda")
+    parameters = conv_weight, conv_bias, dt_bias, A, D, torch.ones(width, device="cuda")
+    dy = torch.randn(B, T, width, device="cuda").bfloat16()
+    if not backward:
+        return lambda: bitkernels.mamba2_mixer(zxbcdt, *parameters)
+    return lambda: torch.autograd.grad(bitkernels.mamba2_mixer(zxbcdt, *parameters), zxbcdt, dy)
 
 
 def linear(M: int, ternary: bool):
@@ -50,8 +71,11 @@ def seconds(case: str) -> list[float]:
     """Of the first call, and of those of further shapes. Runs in a process of its own."""
     leaf = torch.ones(1, device="cuda", requires_grad=True)
     torch.autograd.grad(leaf * 2, leaf, torch.ones_like(leaf))
+    shapes = (1, 2048), (1, 4096), (2, 1000), (8, 2048)
     if case.startswith("ssd_scan"):
-        calls = [scan(B, T, "gated" in case) for B, T in ((1, 2048), (1, 4096), (2, 1000), (8, 2048))]
+        calls = [scan(B, T, "gated" in case) for B, T in shapes]
+    elif case.startswith("mamba2_mixer"):
+        calls = [mixer(B, T, "backward" in case) for B, T in shapes]
     else:
         calls = [linear(M, "ternary" in case) for M in (1, 8, 32, 128, 1024)]
     took = []
@@ -75,7 +99,7 @@ def test_first_call(case, device, benchmark, record, tmp_path):
     if device == "cpu":
         pytest.skip("nothing is compiled for a CPU")
     first, *further = benchmark.pedantic(run, (case, tmp_path), rounds=1)
-    if case.startswith("ssd_scan"):
+    if case.startswith(("ssd_scan", "mamba2_mixer")):
         record(quantity(f"{case}, nothing in Triton's cache", "s", first))
         first, *further = run(case, tmp_path)
     record(quantity(f"{case}, a fresh process", "s", first))

@@ -39,8 +39,8 @@ Call = Callable[[], object]
 class Contender:
     """``make`` returns a call on fresh copies of its inputs, which together move ``nbytes``.
 
-    ``wall``: timed by the host's clock, also on a GPU, with whatever the host does. ``copies``: how many, where the
-    harness should not choose.
+    ``wall``: timed by the host's clock, also on a GPU, with whatever the host does; one call unless ``copies`` says how
+    many follow each other, each timed. ``copies``: how many, where the harness should not choose.
     """
 
     name: str
@@ -91,7 +91,8 @@ class Rounds:
     def __init__(self, contender: Contender, device: str):
         self.times: list[float] = []
         if contender.wall:
-            self.calls, self.round = [contender.make()], self._wall_round
+            self.calls = [contender.make() for _ in range(contender.copies or 1)]
+            self.round = self._wall_round
             return
         copies = min(512, math.ceil(4 * cache_bytes(device) / contender.nbytes))
         copies = self._affordable(contender.make(), copies) if device == "cpu" else max(4, copies)
