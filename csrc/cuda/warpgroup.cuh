@@ -1,4 +1,4 @@
-// More than a few tokens, on Hopper: a block makes 64 or 128 rows of the weights times 16 to 256 tokens.
+// More than a few tokens, on Hopper: a block makes 64, 128 or 192 rows of the weights times 16 to 256 tokens.
 //
 // Weights are the register operand of wgmma, decoded on the way; activations are the other operand, untouched:
 // the copy engine brings them from the caller's tensor into swizzled shared memory. So nothing is prepared. One
@@ -65,12 +65,13 @@ __device__ void consume(const CUtensorMap& output, const WarpgroupProblem& p, Sh
     named_barrier(1, kConsumerThreads);
   }
 
-  // What a step consumes besides activations. Words are fetched for all steps of a box.
+  // What the next steps consume besides activations. Words are fetched for all steps of a box.
   constexpr int kStepsOfBox = kBoxBytes / kStepBytes;
   constexpr int kWordsOfBox = F::kWords * kStepsOfBox;
-  struct Step {
+  constexpr int kTogether = Layout::kTogether;
+  struct Steps {
     uint32_t upper[kStepsOfBox][F::kWords], lower[kStepsOfBox][F::kWords];
-    uint32_t columns[kColumnScales ? 2 : 1][4];
+    uint32_t columns[kTogether][kColumnScales ? 2 : 1][4];
   };
   const SharedAddress my_words =
       Tile::kActivationBytes +
@@ -84,16 +85,19 @@ __device__ void consume(const CUtensorMap& output, const WarpgroupProblem& p, Sh
       load_words(from + 4 * i, reinterpret_cast<uint32_t (&)[kVector]>(words[i / F::kWords][i % F::kWords]));
     }
   };
-  const auto fetch = [&](SharedAddress stage, SharedAddress my_scales, int i, Step& step) {
-    const int at = i / kStepsOfBox * Tile::kSplit * kStepsOfBox + i % kStepsOfBox;
-    if (i % kStepsOfBox == 0) {
-      const SharedAddress words = my_words + stage + at * F::kWords * 4;
-      fetch_box(words, step.upper);
-      fetch_box(words + 8 * Layout::kWordsOfRow * 4, step.lower);
-    }
-    if constexpr (kColumnScales) {
-      load_words(my_scales + at * kScaleStep, step.columns[0]);
-      load_words(my_scales + at * kScaleStep + kScaleStep / 2, step.columns[1]);
+  const auto fetch = [&](SharedAddress stage, SharedAddress my_scales, int first, Steps& next) {
+#pragma unroll
+    for (int i = first; i < first + kTogether; ++i) {
+      const int at = i / kStepsOfBox * Tile::kSplit * kStepsOfBox + i % kStepsOfBox;
+      if (i % kStepsOfBox == 0) {
+        const SharedAddress words = my_words + stage + at * F::kWords * 4;
+        fetch_box(words, next.upper);
+        fetch_box(words + 8 * Layout::kWordsOfRow * 4, next.lower);
+      }
+      if constexpr (kColumnScales) {
+        load_words(my_scales + at * kScaleStep, next.columns[i - first][0]);
+        load_words(my_scales + at * kScaleStep + kScaleStep / 2, next.columns[i - first][1]);
+      }
     }
   };
 
@@ -139,11 +143,11 @@ __device__ void consume(const CUtensorMap& output, const WarpgroupProblem& p, Sh
     }
 
     Accumulator sums[Tile::kTokens / 2];
-    uint32_t a[2][2][4];
-    Step step;
+    uint32_t a[2][kTogether][2][4];
+    Steps next;
     if (count > 0) {
       barrier_wait(full + 8 * slot, parity);
-      fetch(stage, my_scales, 0, step);
+      fetch(stage, my_scales, 0, next);
     }
     for (int s = 0; s < count; ++s) {
       const SharedAddress now = stage;
@@ -151,37 +155,48 @@ __device__ void consume(const CUtensorMap& output, const WarpgroupProblem& p, Sh
       const int last_slot = slot == 0 ? slots - 1 : slot - 1;
       advance();
 #pragma unroll
-      for (int i = 0; i < Layout::kSteps; ++i) {
-        uint32_t (&operands)[2][4] = a[i % 2];
-        const uint32_t (&upper)[F::kWords] = step.upper[i % kStepsOfBox];
-        const uint32_t (&lower)[F::kWords] = step.lower[i % kStepsOfBox];
-        if constexpr (kColumnScales) {
-          const auto of_column = [&](int i, int) {
-            return Values{step.columns[i / 2][i % 2 * 2], step.columns[i / 2][i % 2 * 2 + 1]};
-          };
-          operand.decode(upper, lower, of_column, operands);
-        } else if constexpr (kScales == ScalesOf::kRows) {
-          operand.decode(upper, lower, [&](int, int h) { return rows[h]; }, operands);
-        } else {
-          operand.decode(upper, lower, operands);
+      for (int first = 0; first < Layout::kSteps; first += kTogether) {
+        uint32_t (&operands)[kTogether][2][4] = a[first / kTogether % 2];
+#pragma unroll
+        for (int i = 0; i < kTogether; ++i) {
+          const uint32_t (&upper)[F::kWords] = next.upper[(first + i) % kStepsOfBox];
+          const uint32_t (&lower)[F::kWords] = next.lower[(first + i) % kStepsOfBox];
+          if constexpr (kColumnScales) {
+            const auto of_column = [&](int k, int) {
+              return Values{next.columns[i][k / 2][k % 2 * 2], next.columns[i][k / 2][k % 2 * 2 + 1]};
+            };
+            operand.decode(upper, lower, of_column, operands[i]);
+          } else if constexpr (kScales == ScalesOf::kRows) {
+            operand.decode(upper, lower, [&](int, int h) { return rows[h]; }, operands[i]);
+          } else {
+            operand.decode(upper, lower, operands[i]);
+          }
         }
-        const int at = i / kStepsOfBox * Tile::kSplit * Tile::kBoxSize + i % kStepsOfBox * kStepBytes;
-        const uint64_t b = in_stage + at / 16;
+        const auto fetch_next = [&] {
+          if (first + kTogether < Layout::kSteps) {
+            fetch(now, my_scales, first + kTogether, next);
+          } else if (s + 1 < count) {
+            barrier_wait(full + 8 * slot, parity);
+            my_scales += kScaleStage;
+            fetch(stage, my_scales, 0, next);
+          }
+        };
+        // Before several products, because a warp stands still at each until the tensor cores take it.
+        if constexpr (kTogether > 1) fetch_next();
         wgmma_fence();
-        wgmma(typename F::T(), sums, operands[0], b, s > 0 || i > 0);
-        wgmma(typename F::T(), sums, operands[1], b + kStepBytes / 2 / 16, 1);
-        wgmma_commit();
-        // While these run, the next step's words.
-        if (i + 1 < Layout::kSteps) {
-          fetch(now, my_scales, i + 1, step);
-        } else if (s + 1 < count) {
-          barrier_wait(full + 8 * slot, parity);
-          my_scales += kScaleStage;
-          fetch(stage, my_scales, 0, step);
+#pragma unroll
+        for (int i = 0; i < kTogether; ++i) {
+          const int step = first + i;
+          const int at = step / kStepsOfBox * Tile::kSplit * Tile::kBoxSize + step % kStepsOfBox * kStepBytes;
+          const uint64_t b = in_stage + at / 16;
+          wgmma(typename F::T(), sums, operands[i][0], b, s > 0 || step > 0);
+          wgmma(typename F::T(), sums, operands[i][1], b + kStepBytes / 2 / 16, 1);
         }
-        // The step before has ended: its registers may be written, and its stage, if it was another, is free.
+        wgmma_commit();
+        if constexpr (kTogether == 1) fetch_next();
+        // The products before have ended: their registers may be written, and their stage, if it was another, is free.
         wgmma_wait<1>();
-        if (i == 0 && s > 0 && thread == 0) barrier_arrive(empty + 8 * last_slot);
+        if (first == 0 && s > 0 && thread == 0) barrier_arrive(empty + 8 * last_slot);
       }
     }
     wgmma_wait<0>();

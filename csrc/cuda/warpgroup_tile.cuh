@@ -75,8 +75,8 @@ struct WarpgroupTile {
   static constexpr int kConsumers = kRowGroups * kSplit;
   static constexpr int kThreads = kWarpgroup * (kConsumers + 1);
   static constexpr int kBlocksOfEight = kTokens / 8;
-  // Wide tiles need more registers than an equal share.
-  static constexpr bool kUnequalRegisters = kTokens > 128;
+  // Many sums need more registers than an equal share.
+  static constexpr bool kUnequalRegisters = kTokens >= 128 && kConsumers == 2;
 
   static constexpr int kBoxSize = kTokens * kBoxBytes;
   static constexpr int kActivationBytes = kBoxes * kBoxSize;
@@ -88,7 +88,7 @@ struct WarpgroupTile {
     return parts > 1 ? kRowGroups * kSplit * owned * (parts - 1) * kFragmentBytes : 0;
   }
   // Wide tiles leave nothing to split, and their sums no room to be sent.
-  static constexpr bool kSplits = kTokens <= 128;
+  static constexpr bool kSplits = kTokens <= 128 && kRowGroups < 3;
 
   // Of a tile that is cut, partial sums come through the stages, whole blocks of eight tokens in each.
   static constexpr bool kCuts = kResident == 1;
@@ -107,7 +107,11 @@ struct WarpgroupLayout {
   static constexpr int kWordBytes = Tile::kRows * kWordsOfRow * 4;
   static constexpr int kStageBytes = (Tile::kActivationBytes + kWordBytes + 1023) / 1024 * 1024;
   static constexpr int kSteps = Tile::kBoxes * (kBoxBytes / kStepBytes) / Tile::kSplit;  // of a warpgroup in a stage
-  static_assert(kSteps % 2 == 0 && Tile::kBoxes % Tile::kSplit == 0);
+  // Steps whose operands are made together, and then their products. Two pay for signs, in stages of four, where there
+  // are registers for their operands.
+  static constexpr bool kSigns = F::kWords == 1;
+  static constexpr int kTogether = kSigns && kSteps >= 4 && Tile::kConsumers == 2 && Tile::kResident == 1 ? 2 : 1;
+  static_assert(kSteps % (2 * kTogether) == 0 && Tile::kBoxes % Tile::kSplit == 0);
 
   // Where things lie in shared memory, from its first multiple of 1024.
   int stages;
