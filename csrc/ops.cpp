@@ -54,11 +54,12 @@ STABLE_TORCH_LIBRARY(bitkernels, m) {
       "bool dt_softplus=False, float dt_min=0.0, float? dt_max=None, int chunk_size=64) -> "
       "(Tensor y, Tensor final_states)");
   // What ssd_scan does on Hopper GPUs where bitkernels/triton/ssd_scan.py says so: thread blocks that share a sequence,
-  // and what 64 tokens cost that only the state passes, in such with outputs.
+  // what 64 tokens cost that only the state passes, in such with outputs, and how many second parts a processor makes.
+  // With `squares` also the sum of the squares of a head's gated outputs, [B, H, T]; else that is empty.
   m.def(
       "ssd_scan_hopper(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, "
-      "Tensor? initial_states, bool dt_softplus, float dt_min, float? dt_max, int parts, float states_cost) -> "
-      "(Tensor y, Tensor final_states)");
+      "Tensor? initial_states, bool dt_softplus, float dt_min, float? dt_max, int parts, float states_cost, "
+      "int turns=1, bool squares=False) -> (Tensor y, Tensor final_states, Tensor squares)");
   // The gradient of an argument that was not given is an empty tensor.
   m.def(
       "ssd_scan_backward(Tensor dy, Tensor? dfinal_states, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, "

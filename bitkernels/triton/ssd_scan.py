@@ -5,7 +5,7 @@ from torch import Tensor
 
 from bitkernels.triton.launch import layout, planned
 from bitkernels.triton.mixer_arguments import check_scan
-from bitkernels.triton.ssd_hopper import STATES_COST, forward_parts, on_hopper
+from bitkernels.triton.ssd_hopper import STATES_COST, forward_parts, forward_turns, on_hopper
 
 
 class ScanPlan:
@@ -34,7 +34,9 @@ class ScanPlan:
         )
         self.hopper = x.numel() > 0 and on_hopper(x, B, C, z, initial_states, seq_idx, cu_seqlens)
         if self.hopper:
-            self.options = dt_softplus, dt_min, dt_max, forward_parts(x), STATES_COST
+            parts = forward_parts(x)
+            turns = forward_turns(x) if parts == 1 and z is not None else 1
+            self.options = dt_softplus, dt_min, dt_max, 2 if turns > 1 else parts, STATES_COST, turns
             self.scan = torch.ops.bitkernels.ssd_scan_hopper.default
         elif x.numel() > 0:
             from bitkernels.triton.ssd_chunks import ChunkedScan
@@ -45,11 +47,14 @@ class ScanPlan:
 
     def __call__(self, x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, cu_seqlens) -> tuple[Tensor, Tensor]:
         if self.hopper:
-            return self.scan(x, dt, A, B, C, D, z, dt_bias, initial_states, *self.options)
+            return self.on_hopper(x, dt, A, B, C, D, z, dt_bias, initial_states)[:2]
         if x.numel() > 0:
             return self.scan(x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, cu_seqlens)
         final = torch.zeros(self.final_shape, dtype=torch.float32, device=x.device)
         return x.new_empty(x.shape), final if initial_states is None else final.copy_(initial_states)
+
+    def on_hopper(self, *tensors, squares: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        return self.scan(*tensors, *self.options, squares)
 
 
 def ssd_scan(
@@ -71,6 +76,17 @@ def ssd_scan(
 ) -> tuple[Tensor, Tensor]:
     """``bitkernels::ssd_scan``. ``chunk_size`` is a hint this implementation does not take."""
     tensors = x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, cu_seqlens
-    options = dt_softplus, dt_min, dt_max, chunk_size
-    plan = planned(("ssd_scan", options, *map(layout, tensors)), lambda: ScanPlan(*tensors, *options))
-    return plan(*tensors)
+    return _plan(tensors, (dt_softplus, dt_min, dt_max, chunk_size))(*tensors)
+
+
+def _plan(tensors: tuple[Tensor | None, ...], options: tuple) -> ScanPlan:
+    return planned(("ssd_scan", options, *map(layout, tensors)), lambda: ScanPlan(*tensors, *options))
+
+
+def gated_scan(*arguments) -> tuple[Tensor, Tensor, Tensor | None]:
+    """``ssd_scan`` with z, and the sums of the squares of each head's outputs [B, H, T] where they cost nothing."""
+    tensors, options = arguments[:11], arguments[11:]
+    plan = _plan(tensors, options)
+    if plan.hopper:
+        return plan.on_hopper(*tensors[:9], squares=True)
+    return *plan(*tensors), None
