@@ -87,7 +87,7 @@ STABLE_TORCH_LIBRARY(bitkernels, m) {
       "Tensor? bias=None, float eps=1e-05, Tensor? state_indices=None) -> Tensor");
   m.def(
       "mamba2_out_step(Tensor(a!) residual, Tensor y, Tensor norm_weight, Tensor w_packed, Tensor alpha, "
-      "Tensor beta, Tensor? bias=None, float eps=1e-05) -> ()");
+      "Tensor beta, Tensor? bias=None, float eps=1e-05, Tensor? squares=None) -> ()");
   // All of it.
   m.def(
       "mamba2_step(Tensor(a!) residual, Tensor in_norm, Tensor in_packed, Tensor in_alpha, Tensor in_beta, "

@@ -47,8 +47,9 @@ def mamba2_out_step(
     beta: Tensor,
     bias: Tensor | None = None,
     eps: float = 1e-5,
+    squares: Tensor | None = None,
 ) -> None:
-    """``bitkernels::mamba2_out_step``."""
+    """``bitkernels::mamba2_out_step``, which has no use for ``squares``."""
     normalised = F.rms_norm(y.float(), y.shape[-1:], norm_weight.float(), eps).to(y.dtype)
     residual += torch.ops.bitkernels.packed_linear(normalised, w_packed, alpha, beta, bias)
 

@@ -22,6 +22,8 @@ template <typename T>
 using Tiles = std::conditional_t<std::is_same_v<T, int8_t>, Int8Tiles, FloatTiles>;
 template <typename T>
 constexpr int kTiles = std::tuple_size_v<Tiles<T>>;
+constexpr int kWidestFloatTile = 8;
+static_assert(std::tuple_element_t<kWidestFloatTile, FloatTiles>::kTokens == 256);
 
 // Calls f with the chosen tile.
 template <typename T, int tile = 0, typename Function>
@@ -104,13 +106,14 @@ PricedCut price_cut(int64_t tiles, int64_t stages, int64_t processors, int64_t s
           own * stage + rest + kAdded + (helpers - 1) * kMoved};
 }
 
-// The plan of least cost: rounds of tiles over the processors, times what a tile costs.
+// The plan of least cost: rounds of tiles over the processors, times what a tile costs. Of the tiles [first, end).
 template <class F>
-Plan plan_tiles(ScalesOf scales, int64_t M, int64_t N, int64_t K, int processors) {
+Plan plan_tiles(ScalesOf scales, int64_t M, int64_t N, int64_t K, int processors, int first = 0,
+                int end = kTiles<typename F::T>) {
   using T = typename F::T;
   const int64_t steps = ceil_div(K * sizeof(T), kStepBytes);
-  Plan best{0, 1, {}, INT64_MAX};
-  for (int i = 0; i < kTiles<T>; ++i) {
+  Plan best{first, 1, {}, INT64_MAX};
+  for (int i = first; i < end; ++i) {
     with_tile<T>(i, [&](auto tile) {
       using Tile = decltype(tile);
       using Layout = WarpgroupLayout<F, Tile>;
