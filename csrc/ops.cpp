@@ -44,6 +44,7 @@ STABLE_TORCH_LIBRARY(bitkernels, m) {
   m.def(
       "add_rms_norm(Tensor? residual, Tensor branch, Tensor weight, float eps, ScalarType dtype) -> "
       "(Tensor total, Tensor normed)");
+  m.def("rms_norm(Tensor x, Tensor weight, float eps, ScalarType dtype) -> Tensor");
   m.def(
       "add_rms_norm_backward(Tensor? dtotal, Tensor? dnormed, Tensor total, Tensor weight, float eps, "
       "ScalarType branch_dtype) -> (Tensor dresidual, Tensor dbranch, Tensor dweight)");

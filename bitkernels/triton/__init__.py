@@ -13,7 +13,7 @@ from bitkernels.triton.arguments import on_its_device
 
 # By module, what it implements.
 _SCAN = {
-    "add_rms_norm": ("add_rms_norm", "add_rms_norm_backward"),
+    "add_rms_norm": ("add_rms_norm", "rms_norm", "add_rms_norm_backward"),
     "short_convolution": ("causal_conv1d",),
     "causal_conv1d": ("causal_conv1d_backward", "causal_conv1d_step"),
     "gated_rms_norm": ("gated_rms_norm", "gated_rms_norm_backward"),
