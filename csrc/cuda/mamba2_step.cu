@@ -403,9 +403,8 @@ void run_added(const Mamba2OutStep& p, cudaStream_t stream) {
   product.K = linear.K;
   product.scale_stride = 1;
   product.aligned_words = w.vector;
-  const Plan plan =
-      plan_tiles<AddedOperand>(ScalesOf::kColumns, linear.M, linear.N, linear.K, processor_count(), kWidestFloatTile,
-                               kWidestFloatTile + 1);
+  const Plan plan = plan_tiles<AddedOperand>(ScalesOf::kColumns, linear.M, linear.N, linear.K, processor_count(),
+                                             kWidestFloatTile, kWidestFloatTile + 1);
   run_warpgroup<AddedOperand, ScalesOf::kColumns, AddedTile, float>(linear.x, linear.K, product, plan.blocks, plan.cut,
                                                                     workspace + places.partials, stream);
 }
