@@ -21,8 +21,7 @@ std::tuple<Tensor, Tensor> add_rms_norm(const std::optional<Tensor>& residual, c
   check_shape(op, "weight", weight, {branch.size(-1)});
   if (residual) {
     check_same_device(op, "residual", *residual, branch);
-    check_argument(residual->scalar_type() == ScalarType::Float, op, ": residual must be torch.float32, got ",
-                   name_of(residual->scalar_type()));
+    check_dtype(op, "residual", *residual, ScalarType::Float);
     check_argument(shape(*residual) == shape(branch), op, ": residual must be of shape ", shape(branch), ", got ",
                    shape(*residual));
   }

@@ -152,7 +152,7 @@ def test_cuda_graph():
 def test_errors(device):
     residual, branch, weight = inputs(CASES[3], device, torch.bfloat16)
     for args, message in (
-        ((residual.half(), branch, weight), "residual must be torch.float32, got torch.float16"),
+        ((residual.half(), branch, weight), "residual must be (torch.float32, got torch.float16|Float, got Half)"),
         ((residual[:1], branch, weight), r"residual must be of shape \[2, 3, 33\], got \[1, 3, 33\]"),
         ((residual, branch, weight[:3]), r"weight must be of shape \[33\], got \[3\]"),
         ((residual, branch.int(), weight), "branch must be float32, bfloat16 or float16"),
