@@ -82,10 +82,11 @@ struct Mamba2InStep {
   const void* norm_weight;  // [K]
   double eps;
   ConvStep conv;
-  const SsdStep* next;  // the step that follows, or null: its states may be asked for early
+  const SsdStep* next;  // the step of the state that follows, or null
 };
 int64_t mamba2_in_step_workspace(const Mamba2InStep&);
-void mamba2_in_step(const Mamba2InStep&, Executor);
+// Tells whether the step that follows was made, too.
+bool mamba2_in_step(const Mamba2InStep&, Executor);
 
 // The last part: linear of the normalised x, added to the residual.
 struct Mamba2OutStep {

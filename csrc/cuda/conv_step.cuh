@@ -2,6 +2,7 @@
 // reads the inputs of the tokens before and moves them on.
 #pragma once
 
+#include "held_states.cuh"
 #include "ptx.cuh"
 #include "step.cuh"
 #include "types.cuh"
@@ -130,15 +131,18 @@ struct ConvTokens {
 };
 
 // What surrounds a packed projection in a step of the Mamba-2 block: an RMSNorm before it, and afterwards a step of the
-// convolution for some columns (kIn), or a sum with the residual (kOut).
-enum class BlockStep { kNone, kIn, kOut };
+// convolution for some columns (kIn), with the state's step after it (kInAndState), or a sum with the residual (kOut).
+enum class BlockStep { kNone, kIn, kInAndState, kOut };
+
+template <BlockStep kStep>
+constexpr bool kIsIn = kStep == BlockStep::kIn || kStep == BlockStep::kInAndState;
 
 struct StepOperands {
   const float* norm;  // [K]
   float eps;
   float* residual;  // [tokens, columns]
   ConvStep conv;
-  Ahead states;  // that the kernel after the input projection reads
+  HeldStates states;
 };
 
 }  // namespace bitkernels::cuda
