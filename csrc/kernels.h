@@ -82,11 +82,10 @@ struct Mamba2InStep {
   const void* norm_weight;  // [K]
   double eps;
   ConvStep conv;
-  const SsdStep* next;  // the step of the state that follows, or null
+  const SsdStep* next;  // the step that follows, or null: its states may be asked for early
 };
 int64_t mamba2_in_step_workspace(const Mamba2InStep&);
-// Tells whether the step that follows was made, too.
-bool mamba2_in_step(const Mamba2InStep&, Executor);
+void mamba2_in_step(const Mamba2InStep&, Executor);
 
 // The last part: linear of the normalised x, added to the residual.
 struct Mamba2OutStep {

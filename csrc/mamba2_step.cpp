@@ -114,10 +114,12 @@ void mamba2_step(Tensor residual, const Tensor& in_norm, const Tensor& in_packed
                                          .H = H,
                                          .P = P,
                                          .G = G,
-                                         .N = N};
+                                         .N = N,
+                                         .after_projection = true};
   const Launch launch(residual);
   in.args.next = &step;
-  if (!in.run(projected, launch)) BITKERNELS_BACKEND::ssd_step(step, launch);
+  in.run(projected, launch);
+  BITKERNELS_BACKEND::ssd_step(step, launch);
   out.run(launch);
   copy_back(conv_state, in.conv_state);
   copy_back(ssm_state, state);

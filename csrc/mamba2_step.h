@@ -103,12 +103,11 @@ struct InStep {
             .next = nullptr};
   }
 
-  // Tells whether the step that follows was made, too.
-  bool run(Tensor& y, const Launch& launch) {
+  void run(Tensor& y, const Launch& launch) {
     args.linear.y = y.mutable_data_ptr();
     const std::optional<Tensor> workspace = workspace_like(y, BITKERNELS_BACKEND::mamba2_in_step_workspace(args));
     args.linear.workspace = mutable_data_or_null(workspace);
-    return BITKERNELS_BACKEND::mamba2_in_step(args, launch);
+    BITKERNELS_BACKEND::mamba2_in_step(args, launch);
   }
 };
 

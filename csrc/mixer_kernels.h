@@ -76,6 +76,7 @@ struct SsdStep {
   double dt_min, dt_max;
   int64_t slots, state_batch, state_head, state_row;
   int64_t batch, H, P, G, N;
+  bool after_projection = false;  // mamba2_in_step, which has asked for the states, runs right before
 };
 void ssd_step(const SsdStep&, Executor);
 

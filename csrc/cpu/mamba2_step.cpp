@@ -32,9 +32,8 @@ void out_step(const Mamba2OutStep& p, Executor run) {
 
 int64_t mamba2_in_step_workspace(const Mamba2InStep&) { return 0; }
 
-bool mamba2_in_step(const Mamba2InStep& p, Executor run) {
+void mamba2_in_step(const Mamba2InStep& p, Executor run) {
   p.linear.dtype == DType::kFloat64 ? in_step<double>(p, run) : in_step<float>(p, run);
-  return false;
 }
 
 int64_t mamba2_out_step_workspace(const Mamba2OutStep&) { return 0; }

@@ -15,8 +15,6 @@
 // for.
 #pragma once
 
-#include <cooperative_groups.h>
-
 #include <cfloat>
 
 #include "bit_mma.cuh"
@@ -69,15 +67,14 @@ struct BitClusterLayout {
   static constexpr int kPerStep = 32 * Format::kPerLane;           // activations
   static constexpr int kPlanePitch = kColumns * kChunkBytes;       // from chunk to chunk
   static constexpr int kSums = kStep == BlockStep::kNone ? 1 : 2;  // of a token: shifted activations, squares
-  int planes, most, plain, partial, states, bytes;
+  int planes, most, plain, partial, bytes;
 
   __host__ __device__ explicit BitClusterLayout(const BitClusterArgs& a) {
     planes = a.stages * kClusterStageBytes;
     most = planes + a.steps * kBitMmaChunks * kPlanePitch;
     plain = most + a.steps * kTokens * 4;
     partial = (plain + a.steps * kSums * kTokens * 4 + 15) / 16 * 16;
-    states = partial + a.tiles_of_cluster * kBitMmaRows * kTokens * 4;
-    bytes = kStep == BlockStep::kInAndState ? (states += -states & 127) + a.step.states.placed * kHeldUnitBytes : states;
+    bytes = partial + a.tiles_of_cluster * kBitMmaRows * kTokens * 4;
   }
 };
 
@@ -109,9 +106,8 @@ __global__ void __launch_bounds__(kClusterThreads, 1) bit_cluster_kernel(const _
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using Format = FusedFormat<F, T>;
   using Layout = BitClusterLayout<F, T, kColumns, kStep>;
-  using X = std::conditional_t<kIsIn<kStep>, float, T>;
+  using X = std::conditional_t<kStep == BlockStep::kIn, float, T>;
   constexpr bool kNorm = kStep != BlockStep::kNone;
-  constexpr bool kState = kStep == BlockStep::kInAndState;
   constexpr int kSums = Layout::kSums;
   constexpr int kLimbs = Format::kLimbs;
   constexpr int kPerLane = Format::kPerLane;
@@ -129,7 +125,6 @@ __global__ void __launch_bounds__(kClusterThreads, 1) bit_cluster_kernel(const _
   __shared__ int sum_of_token[kTokens * kLimbs];
   __shared__ alignas(16) float plain_of_part[kSums][kMostParts][kTokens];
   __shared__ uint32_t most_of_part[F::kInteger ? kMostParts : 1][kTokens];
-  __shared__ uint64_t states_arrived[kState ? kMostHeldUnits : 1];
   if (threadIdx.x == kWorkers) prefetch_map(&args.weights);
 
   // Activations first: of one step of 256 columns, tokens sharer + j * sharers. The last warps have fewest tiles.
@@ -171,7 +166,6 @@ __global__ void __launch_bounds__(kClusterThreads, 1) bit_cluster_kernel(const _
   const int panels = (args.steps + kPanelSteps - 1) / kPanelSteps;
   const int first_tile = cluster_index() * args.tiles_of_cluster;
   const int tiles = min(int(args.tiles_of_cluster), args.tiles - first_tile);
-  const HeldBlock states(args.step.states, here + at.states, here, states_arrived);
 
   // Panel by panel of as many tiles as there are warpgroups. A stage always serves the same warpgroup, as one that
   // waits for its second round while another still waits for the first would take one phase for the other.
@@ -193,10 +187,6 @@ __global__ void __launch_bounds__(kClusterThreads, 1) bit_cluster_kernel(const _
              (first_tile + box.tile) * args.tile_rows);
   };
   if (warp == kClusterWarps) {
-    if (kState && lane < states.count) {
-      barrier_init(shared_address(&states_arrived[lane]), 1);
-      barrier_init_fence();
-    }
     if (lane == 0) {
       barrier_init(shared_address(&arrived), 1);
       barrier_init(shared_address(&measured), 1);
@@ -225,7 +215,7 @@ __global__ void __launch_bounds__(kClusterThreads, 1) bit_cluster_kernel(const _
   if (parts > 1) arrive_at_cluster();
 
   if (warp == kClusterWarps) {
-    if constexpr (kIsIn<kStep>) {
+    if constexpr (kStep == BlockStep::kIn) {
       // What the convolution reads, of four columns of the block's share of each tile and token.
       const int between = ((kBitMmaRows >> parts_log2) - 1) / 3;
 #pragma unroll 1
@@ -253,13 +243,13 @@ __global__ void __launch_bounds__(kClusterThreads, 1) bit_cluster_kernel(const _
           }
         }
       }
+      // Until the products are done: what is still to be asked for then would hold up the end of this kernel.
+      if constexpr (kStep == BlockStep::kIn) {
+        prefetch_ahead(args.step.states, [&] { return parts > 1 && barrier_passed(shared_address(&arrived), 0); });
+      }
     }
     __syncwarp();
     if (parts > 1) wait_for_arrivals();
-    if constexpr (kState) {
-      __syncthreads();
-      cooperative_groups::this_grid().sync();
-    }
     return;
   }
 
@@ -332,10 +322,6 @@ __global__ void __launch_bounds__(kClusterThreads, 1) bit_cluster_kernel(const _
     }
   }
   named_barrier(1, kWorkers);
-  // Now that activations are there, states take nothing from them.
-  if (kState && lane == 0) {
-    for (int u = warp; u < min(states.count, args.step.states.placed); u += kClusterWarps) states.ask(u);
-  }
   const auto most_of_token = [&](int m) {
     return __reduce_max_sync(0xffffffff, lane < args.steps ? most_of_steps[lane * kTokens + m] : 0);
   };
@@ -507,7 +493,7 @@ __global__ void __launch_bounds__(kClusterThreads, 1) bit_cluster_kernel(const _
   }
   // From L2, as sums are on their way: before, its registers were taken.
   ConvTokens<kSpan> conv;
-  if constexpr (kIsIn<kStep>) conv.load(args.step.conv, output.first, output.count, output.n);
+  if constexpr (kStep == BlockStep::kIn) conv.load(args.step.conv, output.first, output.count, output.n);
   if (parts == 1) {
     named_barrier(1, kWorkers);
   } else {
@@ -553,7 +539,7 @@ __global__ void __launch_bounds__(kClusterThreads, 1) bit_cluster_kernel(const _
         output.to[j * args.e.columns] = output.residual[j] + y;
       } else {
         T out = from_float<T>(y);
-        if constexpr (kIsIn<kStep>) {
+        if constexpr (kStep == BlockStep::kIn) {
           if (conv.channel) out = from_float<T>(conv.step(args.step.conv, j, to_float(out)));
         }
         output.to[j * args.e.columns] = out;
@@ -562,19 +548,8 @@ __global__ void __launch_bounds__(kClusterThreads, 1) bit_cluster_kernel(const _
     i += kWorkers;
     if (i < outputs) {
       output = output_at(i);
-      if constexpr (kIsIn<kStep>) conv.load(args.step.conv, output.first, output.count, output.n);
+      if constexpr (kStep == BlockStep::kIn) conv.load(args.step.conv, output.first, output.count, output.n);
     }
-  }
-
-  if constexpr (kState) {
-    __syncthreads();
-    if (lane == 0) {
-      for (int u = args.step.states.placed + warp; u < states.count; u += kClusterWarps) states.ask(u);
-    }
-    cooperative_groups::this_grid().sync();
-#pragma unroll 1
-    for (int u = warp; u < states.count; u += kClusterWarps) states.step<T>(u);
-    if (lane == 0) wait_for_stores_to_read();
   }
 #endif
 }

@@ -14,7 +14,6 @@ struct BitClusterPlan {
   int64_t part;   // elements of a row
   int parts_log2, stages;
   int sharers, turns;  // warps that share a step, and the tokens of each
-  int placed = 0;      // units of states
   size_t shared_bytes;
   int64_t cycles = 0;  // expected, the start included
   bool fits = false;
@@ -65,9 +64,9 @@ void with_turns(int turns, Function&& f) {
 }
 
 // Parts are whole vectors, no more steps than there are warps, and all of the same size: the copy engine sees a row as
-// so many of them. `units` of states are held by all blocks together.
+// so many of them.
 template <typename F, typename T, int kColumns, BlockStep kStep>
-BitClusterPlan cluster_plan(const TokenSource& s, const Weights& w, int64_t units, int parts_log2) {
+BitClusterPlan cluster_plan(const TokenSource& s, const Weights& w, int parts_log2) {
   using Layout = BitClusterLayout<F, T, kColumns, kStep>;
   constexpr int kTokens = Layout::kTokens;
   constexpr int kVectorBytes = 16;
@@ -98,7 +97,7 @@ BitClusterPlan cluster_plan(const TokenSource& s, const Weights& w, int64_t unit
              p.tiles_of_cluster * p.steps * bit_step_cycles(kColumns) +
              ceil_div(p.tiles_of_cluster, kClusterGroups) * kColumns * kColumnCycles +
              p.tiles_of_cluster * p.tile_rows * part_bytes / kBytesPerCycle;
-  if (kIsIn<kStep>) p.cycles += s.M * p.part * int64_t(sizeof(float)) / kResidualBytesPerCycle;
+  if (kStep == BlockStep::kIn) p.cycles += s.M * p.part * int64_t(sizeof(float)) / kResidualBytesPerCycle;
   BitClusterArgs a = cluster_args(s, Epilogue{}, p);
   constexpr int64_t kStatic = 2048;  // room for the kernel's own shared variables
   const int64_t most = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - kStatic - kPanelAlignment;
@@ -107,11 +106,6 @@ BitClusterPlan cluster_plan(const TokenSource& s, const Weights& w, int64_t unit
   const int64_t stages = std::min<int64_t>({boxes, room, kMostClusterStages / kClusterGroups});
   p.fits = stages >= std::min<int64_t>(boxes, 2);
   a.stages = static_cast<int8_t>(p.stages = static_cast<int>(stages * kClusterGroups));
-  if (kStep == BlockStep::kInAndState) {
-    const int64_t own = ceil_div(units, p.clusters << parts_log2), left = most - Layout(a).bytes;
-    a.step.states.placed = p.placed = static_cast<int>(std::clamp<int64_t>(left / kHeldUnitBytes, 0, own));
-    p.fits &= own <= kMostHeldUnits && own <= p.placed + stages * kClusterGroups * kClusterStageBytes / kHeldUnitBytes;
-  }
   p.shared_bytes = size_t(kPanelAlignment + Layout(a).bytes);
   return p;
 }
@@ -121,7 +115,6 @@ void run_cluster(const TokenSource& s, const Weights& w, const Epilogue& e, cons
                  const StepOperands& step, cudaStream_t stream) {
   BitClusterArgs a = cluster_args(s, e, p);
   a.step = step;
-  a.step.states.placed = p.placed;
   const cuuint64_t parts = cuuint64_t(1) << p.parts_log2;
   const cuuint64_t row_bytes = 4 * w.words;
   a.weights =
@@ -131,7 +124,6 @@ void run_cluster(const TokenSource& s, const Weights& w, const Epilogue& e, cons
   Grid grid{dim3(static_cast<unsigned>(p.clusters << p.parts_log2)), kClusterThreads, p.shared_bytes, kInChain};
   grid.cluster = 1 << p.parts_log2;
   grid.beside_previous = kInChain;
-  grid.together = kStep == BlockStep::kInAndState;
   with_turns<BitClusterLayout<F, T, kColumns, kStep>::kTokens>(
       p.turns, [&](auto turns) { launch(bit_cluster_kernel<F, T, kColumns, turns, kStep>, grid, stream, a); });
 }
@@ -159,12 +151,12 @@ auto with_cluster_columns(int64_t tokens, Function&& f) {
 // takes longer than adding up more parts. Or four where an input projection takes less, as it reads fp32. As measured
 // on an H200. The nearest number that fits, fewer first.
 template <typename F, typename T, BlockStep kStep = BlockStep::kNone>
-BitClusterPlan choose_cluster(const TokenSource& s, const Weights& w, int64_t units = 0) {
+BitClusterPlan choose_cluster(const TokenSource& s, const Weights& w) {
   constexpr int64_t kFewRows = 64 * kBitMmaRows;
   return with_cluster_columns<F, T>(s.M, [&](auto columns) {
-    const auto plan = [&](int parts_log2) { return cluster_plan<F, T, columns, kStep>(s, w, units, parts_log2); };
+    const auto plan = [&](int parts_log2) { return cluster_plan<F, T, columns, kStep>(s, w, parts_log2); };
     const int wanted = w.rows > kFewRows ? 1 : s.M == 1 ? 2 : 3;
-    if (kIsIn<kStep> && wanted == 1) {
+    if (kStep == BlockStep::kIn && wanted == 1) {
       const BitClusterPlan four = plan(2);
       if (four.fits && four.cycles < plan(1).cycles) return four;
     }

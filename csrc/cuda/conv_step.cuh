@@ -2,7 +2,6 @@
 // reads the inputs of the tokens before and moves them on.
 #pragma once
 
-#include "held_states.cuh"
 #include "ptx.cuh"
 #include "step.cuh"
 #include "types.cuh"
@@ -131,18 +130,15 @@ struct ConvTokens {
 };
 
 // What surrounds a packed projection in a step of the Mamba-2 block: an RMSNorm before it, and afterwards a step of the
-// convolution for some columns (kIn), with the state's step after it (kInAndState), or a sum with the residual (kOut).
-enum class BlockStep { kNone, kIn, kInAndState, kOut };
-
-template <BlockStep kStep>
-constexpr bool kIsIn = kStep == BlockStep::kIn || kStep == BlockStep::kInAndState;
+// convolution for some columns (kIn), or a sum with the residual (kOut).
+enum class BlockStep { kNone, kIn, kOut };
 
 struct StepOperands {
   const float* norm;  // [K]
   float eps;
   float* residual;  // [tokens, columns]
   ConvStep conv;
-  HeldStates states;
+  Ahead states;  // that the kernel after the input projection reads
 };
 
 }  // namespace bitkernels::cuda

@@ -214,9 +214,9 @@ Scales scales(const PackedLinear& p, DType dtype_of_x) {
 // Two to eight tokens of bf16: a cluster's blocks split K. Calls with another number of tokens have another plan.
 template <BlockStep kStep>
 bool run_cluster_step(const Scales& s, const Weights& w, const StepOperands& o, cudaStream_t stream) {
-  if (kIsIn<kStep> && (o.conv.W != kMostTaps || !aligned(o.conv.weight, 16))) return false;
+  if (kStep == BlockStep::kIn && (o.conv.W != kMostTaps || !aligned(o.conv.weight, 16))) return false;
   return with_cluster_columns<SignF16, bf16>(s.source.M, [&](auto columns) {
-    const BitClusterPlan plan = choose_cluster<SignF16, bf16, kStep>(s.source, w, o.states.units);
+    const BitClusterPlan plan = choose_cluster<SignF16, bf16, kStep>(s.source, w);
     if (plan.fits) run_cluster<SignF16, bf16, columns, kStep>(s.source, w, s.epilogue, plan, o, stream);
     return plan.fits;
   });
@@ -268,11 +268,10 @@ bool run_one_kernel(const Scales& s, const Weights& w, const StepOperands& o, cu
 #ifdef BITKERNELS_SM90A
   const int64_t M = s.source.M;
   if (!on_hopper() || M > kMostTokens || !fused_vectors<SignF16, T>(s.source, w) || !aligned(o.norm, 16)) return false;
-  if (kIsIn<kStep> && o.conv.W > kMostTaps) return false;
+  if (kStep == BlockStep::kIn && o.conv.W > kMostTaps) return false;
   if constexpr (std::is_same_v<T, bf16>) {
     if (M > 1) return run_cluster_step<kStep>(s, w, o, stream);
   }
-  if constexpr (kStep == BlockStep::kInAndState) return false;
   return run_fused_step<kStep, T>(s, w, o, stream);
 #else
   return false;
@@ -327,26 +326,34 @@ void normalise_and_multiply(const PackedLinear& p, const void* norm, double eps,
   packed_linear(product(p, y), stream);
 }
 
-// Whether the state's step can be part of the input projection's kernel.
-bool holds_states(const Mamba2InStep& p) {
-  return p.next && p.linear.dtype == DType::kBFloat16 && p.linear.M > 1 && can_be_held(*p.next);
+// While the input projection of several tokens computes, memory rests: the states of the step after it come as far as
+// L2, of as many requests as leave room for what was written last. One token's kernels leave room for that step's own
+// blocks, which ask themselves.
+Ahead states_ahead(const Mamba2InStep& p) {
+  constexpr int64_t kMostBytes = 24 << 20;
+  if (!p.next || p.linear.M == 1) return {};
+  const SsdStep& next = *p.next;
+  const int64_t size = bytes_of(next.state_dtype), bytes = next.H * next.P * next.N * size;
+  const bool dense = next.state_row == next.N && next.state_head == next.P * next.N;
+  if (!dense || bytes == 0 || bytes % 16 != 0 || next.state_batch * size % 16 != 0 || !aligned(next.state, 16)) {
+    return {};
+  }
+  const int64_t most = kMostBytes / bytes;
+  return {next.state, next.state_indices,
+          next.slots, next.state_batch * size,
+          bytes,      static_cast<int>(next.batch < most ? next.batch : most)};
 }
 
 }  // namespace
 
 int64_t mamba2_in_step_workspace(const Mamba2InStep& p) { return normalised_bytes(p.linear) + product_bytes(p.linear); }
 
-bool mamba2_in_step(const Mamba2InStep& p, Executor stream) {
+void mamba2_in_step(const Mamba2InStep& p, Executor stream) {
   const PackedLinear& linear = p.linear;
   const Scales s = scales(linear, DType::kFloat32);
   const Weights w = weights(linear.w_packed, linear.N, ceil_div(linear.K, kSignsPerWord));
-  StepOperands o{static_cast<const float*>(p.norm_weight), static_cast<float>(p.eps), nullptr, p.conv, {}};
-  if (holds_states(p)) {
-    const SsdStep& next = *p.next;
-    o.states = {next, Divisor(next.P / kHeldRows), Divisor(next.H), Divisor(next.H / next.G),
-                static_cast<int>(held_units(next))};
-    if (run_one_kernel<BlockStep::kInAndState, bf16>(s, w, o, stream)) return true;
-  }
+  const StepOperands o{static_cast<const float*>(p.norm_weight), static_cast<float>(p.eps), nullptr, p.conv,
+                       states_ahead(p)};
   dispatch_float(linear.dtype, [&](auto t) {
     using T = decltype(t);
     if (run_one_kernel<BlockStep::kIn, T>(s, w, o, stream)) return;
@@ -354,7 +361,6 @@ bool mamba2_in_step(const Mamba2InStep& p, Executor stream) {
     normalise_and_multiply<float, T>(linear, p.norm_weight, p.eps, y, stream);
     run_convolution(y, linear, p.conv, stream);
   });
-  return false;
 }
 
 int64_t mamba2_out_step_workspace(const Mamba2OutStep& p) {

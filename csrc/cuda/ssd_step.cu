@@ -15,7 +15,6 @@
 #include "mixer_kernels.h"
 #include "ptx.cuh"
 #include "reduce.cuh"
-#include "state_row.cuh"
 #include "step.cuh"
 #include "stochastic_round.cuh"
 #include "types.cuh"
@@ -26,6 +25,17 @@ namespace {
 constexpr int kStepWarps = 4;
 constexpr int kStepThreads = 32 * kStepWarps;
 constexpr int kChunk = 128;  // elements of a row at once
+
+// Division of what is below 2^31 by a number known at launch.
+struct Divisor {
+  uint32_t by, multiplier, shift;
+
+  explicit Divisor(int64_t divisor) : by(static_cast<uint32_t>(divisor)), shift(0) {
+    while (int64_t(1) << shift < divisor) ++shift;
+    multiplier = static_cast<uint32_t>((((uint64_t(1) << shift) - by) << 32) / by + 1);
+  }
+  __device__ uint32_t quotient(uint32_t n) const { return (__umulhi(n, multiplier) + n) >> shift; }
+};
 
 struct StepArgs {
   SsdStep p;
@@ -56,6 +66,80 @@ struct Place {
         row(static_cast<int>(block - head_of_batch * args.blocks_of_head.by) * block_rows) {}
 };
 
+// kCount neighbours of a row, as words.
+template <typename T, int kCount>
+struct Elements {
+  static constexpr int kWords = kCount * sizeof(T) / 4;
+  static_assert(kWords == 2 || kWords % 4 == 0);
+  uint32_t words[kWords];
+
+  // From `from` on, of which `left` exist; zero beyond. kVector: all or none, aligned.
+  template <bool kVector>
+  __device__ void load(const T* from, int left) {
+    if constexpr (!kVector) {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) set(i, i < left ? from[i] : from_float<T>(0.0f));
+    } else if constexpr (kWords == 2) {
+      const uint2 v = left > 0 ? *reinterpret_cast<const uint2*>(from) : uint2{};
+      words[0] = v.x, words[1] = v.y;
+    } else {
+#pragma unroll
+      for (int i = 0; i < kWords; i += 4) {
+        const uint4 v = left > 0 ? reinterpret_cast<const uint4*>(from)[i / 4] : uint4{};
+        words[i] = v.x, words[i + 1] = v.y, words[i + 2] = v.z, words[i + 3] = v.w;
+      }
+    }
+  }
+
+  template <bool kVector>
+  __device__ void store(T* to, int left) const {
+    if constexpr (!kVector) {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) {
+        if (i < left) to[i] = at(i);
+      }
+    } else {
+      static_assert(kWords == 4);
+      if (left > 0) store_vector(to, words);
+    }
+  }
+
+  __device__ T at(int i) const {
+    if constexpr (sizeof(T) == 4) {
+      return __uint_as_float(words[i]);
+    } else {
+      const auto half = static_cast<unsigned short>(words[i / 2] >> 16 * (i % 2));
+      if constexpr (std::is_same_v<T, bf16>) return __ushort_as_bfloat16(half);
+      if constexpr (std::is_same_v<T, fp16>) return __ushort_as_half(half);
+    }
+  }
+  __device__ float operator[](int i) const {
+    // In one instruction, where it was two for the upper half.
+    if constexpr (std::is_same_v<T, bf16>)
+      return __uint_as_float(i % 2 ? words[i / 2] & 0xffff0000u : words[i / 2] << 16);
+    return to_float(at(i));
+  }
+
+  __device__ void set(int i, T v) {
+    if constexpr (sizeof(T) == 4) {
+      words[i] = __float_as_uint(v);
+    } else {
+      uint32_t bits;
+      if constexpr (std::is_same_v<T, bf16>) bits = __bfloat16_as_ushort(v);
+      if constexpr (std::is_same_v<T, fp16>) bits = __half_as_ushort(v);
+      words[i / 2] = i % 2 ? (words[i / 2] & 0xffffu) | bits << 16 : bits;
+    }
+  }
+};
+
+__device__ float softplus(float v) { return fmaxf(v, 0.0f) + log1pf(expf(-fabsf(v))); }
+
+__device__ float step_size(const SsdStep& p, float dt) {
+  if (p.dt_softplus) dt = softplus(dt);
+  const float low = static_cast<float>(p.dt_min), high = static_cast<float>(p.dt_max);
+  return dt < low ? low : dt > high ? high : dt;  // NaN stays
+}
+
 // kLanes neighbours hold parts of kCount sums: each gets one sum, kLanes / kCount of them the same.
 template <int kLanes, int kCount>
 __device__ float sum_of_lane(const float (&v)[kCount]) {
@@ -67,6 +151,19 @@ __device__ float sum_of_lane(const float (&v)[kCount]) {
     for (int i = 0; i < kCount / 2; ++i) half[i] = add_halves(v[i], v[i + kCount / 2], kLanes / 2);
     return sum_of_lane<kLanes / 2>(half);
   }
+}
+
+template <typename T>
+constexpr DType kTypeOf = std::is_same_v<T, float>  ? DType::kFloat32
+                          : std::is_same_v<T, fp16> ? DType::kFloat16
+                                                    : DType::kBFloat16;
+
+// What depends on the value happens after this, and what makes it before.
+__device__ inline void settle(uint32_t& v) { asm volatile("" : "+r"(v)); }
+template <typename T>
+__device__ void settle(T*& p) {
+  asm volatile("" : "+l"(p));
+  __builtin_assume(__isGlobal(p));
 }
 
 // What a lane reads beside the state.
@@ -284,6 +381,96 @@ __device__ void step(const StepArgs& args) {
   }
 }
 
+// After a projection, where all blocks run at once: a block takes its rows of fp32, of one chunk, in turns, of which
+// two are on their way, so that what belongs to the head is found once.
+constexpr int kBlocksInTurns = 5;  // of a processor
+constexpr int kTurnRows = 4;       // of a warp
+
+template <typename T, int kTurns>
+__global__ void __launch_bounds__(kStepThreads, kBlocksInTurns)
+    ssd_step_in_turns_kernel(const __grid_constant__ StepArgs args) {
+  using L = Lanes<float>;
+  constexpr int kElements = L::kElements, kTurn = kBlockRows<float, kTurnRows>;
+  constexpr int kAhead = kTurns < 2 ? kTurns : 2;
+  constexpr int kLanesOfRow = L::kOfRow / kTurnRows;  // that finish row r of every turn
+  const SsdStep& p = args.p;
+  const int P = static_cast<int>(p.P);
+  const Place at(args, blockIdx.x, kTurns * kTurn);
+  const int lane = threadIdx.x % 32;
+  // Row r of turn t is first + t * kTurn + r; the lane finishes one.
+  const int first = at.row + threadIdx.x / 32 * kTurnRows;
+  const int own = first + lane % kTurns * kTurn + lane / kLanesOfRow;
+  const bool stores = own < P && lane % kLanesOfRow < kTurns;
+  float* state = static_cast<float*>(p.state) + at.head * p.state_head + first * p.state_row + lane * kElements;
+  const int64_t turn_step = kTurn * p.state_row;
+  Inputs<T> from;
+  from.find(args, at, min(own, P - 1), lane * kElements);
+  from.settle_all(), settle(state);
+  from.prefetch();
+  let_next_kernel_start();
+  wait_for_previous_kernel();
+
+  const int64_t slot = slot_of(p.state_indices, p.slots, at.batch);
+  if (slot < 0) {
+    if (stores) static_cast<T*>(p.y)[int64_t(at.head_of_batch) * P + own] = from_float<T>(0.0f);
+    return;
+  }
+  state += slot * p.state_batch;
+  Elements<float, kElements> held[kAhead][kTurnRows];
+  const auto left_of_row = [&](int t, int r) { return first + t * kTurn + r < P ? kElements : 0; };
+  const auto load_turn = [&](int t) {
+#pragma unroll
+    for (int r = 0; r < kTurnRows; ++r) {
+      held[t % kAhead][r].template load<true>(state + t * turn_step + r * p.state_row, left_of_row(t, r));
+    }
+  };
+  uint32_t dt_low = from.dt[0], dt_high = from.dt[p.dt_dtype == DType::kFloat32];
+#pragma unroll
+  for (int t = 0; t < kAhead; ++t) load_turn(t);
+  Elements<T, kElements> B, C;
+  B.template load<true>(from.B, kElements);
+  C.template load<true>(from.C, kElements);
+  uint32_t own_x = bits_of(*from.x);
+  const T own_z = from.z ? *from.z : from_float<T>(0.0f);
+  const float own_D = from.D ? *from.D : 0.0f;
+  const float A = *from.A, dt_bias = from.dt_bias ? *from.dt_bias : 0.0f;
+  settle(dt_low), settle(dt_high), settle(own_x);
+  const float dt = step_size(p, from_bits(p.dt_dtype, dt_low | dt_high << 16) + dt_bias);
+  const float decay = expf(dt * A), own_scaled = dt * from_bits(kTypeOf<T>, own_x);
+
+  float sum[kTurns];
+#pragma unroll
+  for (int t = 0; t < kTurns; ++t) {
+    float of_row[kTurnRows] = {};
+#pragma unroll
+    for (int r = 0; r < kTurnRows; ++r) {
+      Elements<float, kElements>& row = held[t % kAhead][r];
+#pragma unroll
+      for (uint32_t& word : row.words) settle(word);
+      const float scaled = __shfl_sync(0xffffffff, own_scaled, r * kLanesOfRow + t);
+#pragma unroll
+      for (int i = 0; i < kElements; ++i) {
+        const float next = fmaf(scaled, B[i], decay * row[i]);
+        of_row[r] = fmaf(next, C[i], of_row[r]);
+        row.set(i, next);
+      }
+      if (left_of_row(t, r)) store_streaming(state + t * turn_step + r * p.state_row, row.words);
+    }
+    if (t + kAhead < kTurns) load_turn(t + kAhead);
+    sum[t] = add_halves(add_halves(of_row[0], of_row[2], 16), add_halves(of_row[1], of_row[3], 16), 8);
+  }
+  // In the order of step(), so that the bits are the same: a lane's turn is in its lowest bits.
+  float total;
+  if constexpr (kTurns == 1) total = add_lanes(sum[0], 1, kLanesOfRow);
+  if constexpr (kTurns == 2) total = add_lanes(add_halves(sum[0], sum[1], 1), 2, kLanesOfRow);
+  if constexpr (kTurns == 4) {
+    total = add_lanes(add_halves(add_halves(sum[0], sum[1], 1), add_halves(sum[2], sum[3], 1), 2), 4, kLanesOfRow);
+  }
+  float out = fmaf(own_D, from_bits(kTypeOf<T>, own_x), total);
+  if (from.z) out *= silu(to_float(own_z));
+  if (stores) static_cast<T*>(p.y)[int64_t(at.head_of_batch) * P + own] = from_float<T>(out);
+}
+
 // Of a processor, by the registers that eight neighbours of B and C, or random bits, take.
 template <typename T, typename S, int kRows, bool kRandom>
 constexpr int kBlocksAtOnce = sizeof(S) == 2 && kRows > 2 && (kRandom || sizeof(T) == 4) ? 5 : 6;
@@ -312,6 +499,22 @@ void run_step(const SsdStep& p, int64_t processors, cudaStream_t stream) {
                   static_cast<uint32_t>(p.state_row == p.N && p.N > 0 ? most_ahead / block_bytes : 0)});
 }
 
+// Tells whether the state is as much as this is for.
+template <typename T, int kTurns>
+bool run_in_turns(const SsdStep& p, int64_t processors, cudaStream_t stream) {
+  const int64_t blocks_of_head = ceil_div(p.P, int64_t(kTurns * kBlockRows<float, kTurnRows>));
+  const int64_t blocks = p.batch * p.H * blocks_of_head;
+  if (2 * blocks <= kBlocksInTurns * processors || blocks > kBlocksInTurns * processors) return false;
+  Grid grid = step_grid(dim3(static_cast<unsigned>(blocks)), kStepThreads);
+  // Shared memory that nobody uses, so that processors that are free first leave the others their share.
+  constexpr int64_t kReserved = 1024;
+  const int64_t share = device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor) / ceil_div(blocks, processors);
+  grid.shared_bytes = share / kReserved * kReserved - kReserved;
+  launch(ssd_step_in_turns_kernel<T, kTurns>, grid, stream,
+         StepArgs{p, Divisor(blocks_of_head), Divisor(p.H), Divisor(p.H / p.G), 0, 0});
+  return true;
+}
+
 bool whole_vectors(const void* data, int64_t bytes, std::initializer_list<int64_t> strides) {
   bool whole = reinterpret_cast<uintptr_t>(data) % 16 == 0;
   for (int64_t stride : strides) whole = whole && stride * bytes % 16 == 0;
@@ -335,6 +538,14 @@ void run_step(const SsdStep& p, cudaStream_t stream) {
   if (on_hopper() && rows * p.N * sizeof(S) >= kMuch && p.state_row == p.N && p.N % kChunk == 0 &&
       kBlockRows<S, 8> * p.N * sizeof(S) <= kMostTileBytes) {
     return run_step<T, S, 8, true, kRandom, true>(p, processors, stream);
+  }
+  if constexpr (sizeof(S) == 4) {
+    // One token's projection leaves room for blocks that come and go.
+    if (p.after_projection && p.batch > 1 && p.N == kChunk &&
+        (run_in_turns<T, 1>(p, processors, stream) || run_in_turns<T, 2>(p, processors, stream) ||
+         run_in_turns<T, 4>(p, processors, stream))) {
+      return;
+    }
   }
   // Few rows a lane while all blocks run at once.
   if constexpr (sizeof(S) == 2) {

@@ -26,18 +26,24 @@ struct Ahead {
   int requests;
 };
 
-// Brings the block's share as far as L2. By one thread; bytes are a multiple of 16.
-__device__ inline void prefetch_ahead(const Ahead& ahead) {
+// Brings the block's share as far as L2, or as much of it as it can until `enough` says so. By one thread; bytes are a
+// multiple of 16.
+template <typename Enough>
+__device__ void prefetch_ahead(const Ahead& ahead, Enough&& enough) {
   constexpr int64_t kPiece = 16384;
   const int pieces = static_cast<int>((ahead.bytes + kPiece - 1) / kPiece);
 #pragma unroll 1
-  for (int i = blockIdx.x; i < pieces * ahead.requests; i += gridDim.x) {
+  for (int i = blockIdx.x; i < pieces * ahead.requests && !enough(); i += gridDim.x) {
     const int request = i / pieces;
     const int64_t slot = slot_of(ahead.indices, ahead.slots, request), at = (i - request * pieces) * kPiece;
     if (slot < 0) continue;
     prefetch_to_l2(static_cast<const char*>(ahead.data) + slot * ahead.pitch + at,
                    static_cast<uint32_t>(min(ahead.bytes - at, kPiece)));
   }
+}
+
+__device__ inline void prefetch_ahead(const Ahead& ahead) {
+  prefetch_ahead(ahead, [] { return false; });
 }
 
 // Of a packed projection that is added to the residual after an RMSNorm.
