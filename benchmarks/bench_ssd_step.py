@@ -55,4 +55,4 @@ def test_ssd_step(model, B, rounding, device, compare):
     flops = 6 * state.numel()
     name = f"{model}, B={B}{f', bf16 state, {rounding}' if rounding else ''}"
     compare(name, ours, others, flops, shape=[B, H, HEADDIM, STATE], dtype=str(dtype),
-            headline=model == "2.7B" and B != 8)  # fmt: skip
+            headline=model == "2.7B")  # fmt: skip
