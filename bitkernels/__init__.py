@@ -33,6 +33,7 @@ _PUBLIC = {
     "pack_ternary": "pack",
     "packed_linear": "packed_linear",
     "quantize_int8": "quantize_int8",
+    "rms_norm": "add_rms_norm",
     "sign_linear": "sign_linear",
     "ssd_scan": "ssd_scan",
     "ssd_step": "ssd_step",

@@ -1,4 +1,7 @@
-"""``add_rms_norm``: a block's output into the residual stream, and the norm that the next block reads."""
+"""``add_rms_norm``: a block's output into the residual stream, and the norm that the next block reads.
+
+``rms_norm`` is that norm alone, where the residual has the output already.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -34,16 +37,45 @@ def add_rms_norm(
     return _add_norm(residual, branch, weight, eps, dtype or branch.dtype)
 
 
+def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5, dtype: torch.dtype | None = None) -> Tensor:
+    """``x / sqrt(mean(x^2) + eps) * weight`` over the last axis, in one pass, for inference.
+
+    Args:
+        x: [..., width], float32, bfloat16 or float16 (float64 on the CPU).
+        weight: [width], any floating dtype.
+        eps: added to the mean square.
+        dtype: of the result, a floating one; x's if not given.
+
+    Returns:
+        The norm. Not differentiable.
+
+    Raises:
+        ValueError: an argument's dtype or shape does not fit; the message names it.
+    """
+    if not (dtype is None or dtype.is_floating_point):
+        raise ValueError(f"rms_norm: dtype must be a floating dtype, got {dtype}")
+    return torch.ops.bitkernels.rms_norm(x, weight, eps, dtype or x.dtype)
+
+
+def _check_norm(op: str, name: str, x: Tensor, weight: Tensor) -> None:
+    def require(holds: bool, message: str) -> None:
+        if not holds:
+            raise ValueError(f"{op}: {message}")
+
+    require(x.dim() >= 1, f"{name} must have at least one dimension")
+    require(x.is_floating_point(), f"{name} must be float32, bfloat16 or float16, got {x.dtype}")
+    width = list(x.shape[-1:])
+    require(weight.is_floating_point(), f"weight must be a floating-point tensor, got {weight.dtype}")
+    require(list(weight.shape) == width, f"weight must be of shape {width}, got {list(weight.shape)}")
+
+
 def _check(residual: Tensor | None, branch: Tensor, weight: Tensor) -> None:
     def require(holds: bool, message: str) -> None:
         if not holds:
             raise ValueError(f"add_rms_norm: {message}")
 
-    require(branch.dim() >= 1, "branch must have at least one dimension")
-    require(branch.is_floating_point(), f"branch must be float32, bfloat16 or float16, got {branch.dtype}")
+    _check_norm("add_rms_norm", "branch", branch, weight)
     shape = list(branch.shape)
-    require(weight.is_floating_point(), f"weight must be a floating-point tensor, got {weight.dtype}")
-    require(list(weight.shape) == shape[-1:], f"weight must be of shape {shape[-1:]}, got {list(weight.shape)}")
     if residual is not None:
         acc = acc_dtype(branch.dtype)
         require(residual.dtype == acc, f"residual must be {acc}, got {residual.dtype}")
@@ -56,6 +88,13 @@ def _(residual, branch, weight, eps, dtype):
     acc = acc_dtype(branch.dtype)
     total = branch.to(acc, copy=True) if residual is None else residual + branch
     return total, F.rms_norm(total, weight.shape, weight.to(acc), eps).to(dtype)
+
+
+@torch.library.impl("bitkernels::rms_norm", "CompositeExplicitAutograd")
+def _(x, weight, eps, dtype):
+    _check_norm("rms_norm", "x", x, weight)
+    acc = acc_dtype(x.dtype)
+    return F.rms_norm(x.to(acc), weight.shape, weight.to(acc), eps).to(dtype)
 
 
 @torch.library.impl("bitkernels::add_rms_norm_backward", "CompositeExplicitAutograd")
@@ -75,6 +114,12 @@ def _(dtotal, dnormed, total, weight, eps, branch_dtype):
 def _(residual, branch, weight, eps, dtype):
     _check(residual, branch, weight)
     return branch.new_empty(branch.shape, dtype=acc_dtype(branch.dtype)), branch.new_empty(branch.shape, dtype=dtype)
+
+
+@torch.library.register_fake("bitkernels::rms_norm")
+def _(x, weight, eps, dtype):
+    _check_norm("rms_norm", "x", x, weight)
+    return x.new_empty(x.shape, dtype=dtype)
 
 
 @torch.library.register_fake("bitkernels::add_rms_norm_backward")

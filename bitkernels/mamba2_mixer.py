@@ -76,6 +76,38 @@ def mamba2_mixer(
     return (y, final_states) if return_final_states else y
 
 
+@torch.no_grad()
+def gated_mixer(
+    zxbcdt: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    dt_bias: Tensor,
+    A: Tensor,
+    D: Tensor | None,
+    initial_conv_state: Tensor | None = None,
+    initial_states: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    ngroups: int = 1,
+    chunk_size: int = 64,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """``mamba2_mixer`` up to its norm, for inference: :func:`bitkernels.mamba2_out_step` applies that in its product.
+
+    Returns:
+        (``ssd_scan(...) * silu(z)`` [B, T, H P]; what that product takes as ``squares``, or None where they would cost
+        a pass of their own; the states after the last token).
+    """
+    heads, channels = A.shape[0], conv_weight.shape[0]
+    convolution, scan = _gated_parts(zxbcdt.device.type)
+    z, xbc, dt = _split(zxbcdt, channels, heads)
+    xbc = convolution(xbc, conv_weight, conv_bias, initial_conv_state, None, cu_seqlens, True)
+    x, B, C = _split_conv(xbc, z.shape[2], heads, ngroups)
+    y, final_states, squares = scan(
+        x, dt, A, B, C, D, z.unflatten(2, (heads, -1)), dt_bias, initial_states, None, cu_seqlens, True, 0.0, None,
+        chunk_size,
+    )  # fmt: skip
+    return y.flatten(2), squares, final_states
+
+
 def _check(op: str, zxbcdt, conv_weight, A, norm_weight, ngroups) -> None:
     def require(holds: bool, message: str) -> None:
         if not holds:
@@ -108,17 +140,29 @@ def _split_conv(xbc: Tensor, width: int, heads: int, ngroups: int) -> tuple[Tens
 
 @functools.cache
 def _parts(device: str) -> tuple[Callable, Callable, Callable]:
-    """Convolution, scan and norm on such devices: on CUDA past the dispatcher, which would take the host longer than
-    short sequences take the kernels."""
-    if device != "cuda":
-        ops = torch.ops.bitkernels
-        return ops.causal_conv1d.default, ops.ssd_scan.default, ops.gated_rms_norm.default
-    from bitkernels.triton.arguments import on_its_device
-    from bitkernels.triton.causal_conv1d import causal_conv1d
-    from bitkernels.triton.gated_rms_norm import gated_rms_norm
-    from bitkernels.triton.ssd_scan import ssd_scan
+    """Convolution, scan and norm on such devices. On CUDA the first two are Python, called past the dispatcher, which
+    would take the host longer than short sequences take the kernels."""
+    ops = torch.ops.bitkernels
+    convolution, scan = ops.causal_conv1d.default, ops.ssd_scan.default
+    if device == "cuda":
+        from bitkernels.triton.arguments import on_its_device
+        from bitkernels.triton.short_convolution import causal_conv1d
+        from bitkernels.triton.ssd_scan import ssd_scan
 
-    return on_its_device(causal_conv1d), on_its_device(ssd_scan), on_its_device(gated_rms_norm)
+        convolution, scan = on_its_device(causal_conv1d), on_its_device(ssd_scan)
+    return convolution, scan, ops.gated_rms_norm.default
+
+
+@functools.cache
+def _gated_parts(device: str) -> tuple[Callable, Callable]:
+    """Convolution and scan with gates, which may know the squares of what it makes."""
+    convolution, scan, _ = _parts(device)
+    if device != "cuda":
+        return convolution, lambda *arguments: (*scan(*arguments), None)
+    from bitkernels.triton.arguments import on_its_device
+    from bitkernels.triton.ssd_scan import gated_scan
+
+    return convolution, on_its_device(gated_scan)
 
 
 def _norm_backward(dy, y, z, weight, eps, group_size, dz):

@@ -5,6 +5,9 @@ from torch import Tensor
 
 from bitkernels import _ops  # noqa: F401  (loads the operators)
 
+# As in csrc/cuda/mamba2_step.cu.
+ONE_PRODUCT_TOKENS = 2048
+
 
 def mamba2_in_step(
     residual: Tensor,
@@ -61,8 +64,9 @@ def mamba2_out_step(
     beta: Tensor,
     bias: Tensor | None = None,
     eps: float = 1e-5,
+    squares: Tensor | None = None,
 ) -> None:
-    """One token: ``residual += packed_linear(rms_norm(y) * norm_weight)``.
+    """One token: ``residual += packed_linear(rms_norm(y) * norm_weight)``. Many: see ``one_product``.
 
     Args:
         residual: [B, N], float32 (float64 where y is); updated in place.
@@ -70,13 +74,24 @@ def mamba2_out_step(
         norm_weight: [K], any floating dtype.
         w_packed, alpha, beta, bias: of :func:`bitkernels.packed_linear`, with N rows.
         eps: added to the mean square.
+        squares: float32 [S, parts, B / S], parts that add up to the sum of the squares of a row of y; it need not be
+            found from y then.
 
     Not differentiable.
 
     Raises:
         ValueError: an argument's dtype, shape or device does not fit; the message names it.
     """
-    torch.ops.bitkernels.mamba2_out_step(residual, y, norm_weight, w_packed, alpha, beta, bias, eps)
+    torch.ops.bitkernels.mamba2_out_step(residual, y, norm_weight, w_packed, alpha, beta, bias, eps, squares)
+
+
+def one_product(y: Tensor, alpha: Tensor) -> bool:
+    """Whether ``mamba2_out_step`` of y is a product that takes norm and sum along: on Hopper GPUs, for many tokens of
+    bf16, with a scale for every column."""
+    if y.numel() < ONE_PRODUCT_TOKENS * y.shape[-1] or y.dtype != torch.bfloat16 or alpha.numel() != y.shape[-1]:
+        return False
+    built = y.is_cuda and torch._C._dispatch_has_kernel_for_dispatch_key("bitkernels::ssd_scan_hopper", "CUDA")
+    return built and torch.cuda.get_device_capability(y.device) == (9, 0)
 
 
 def mamba2_step(
@@ -144,7 +159,7 @@ def _(
 
 
 @torch.library.register_fake("bitkernels::mamba2_out_step")
-def _(residual, y, norm_weight, w_packed, alpha, beta, bias=None, eps=1e-5):
+def _(residual, y, norm_weight, w_packed, alpha, beta, bias=None, eps=1e-5, squares=None):
     torch._check(y.dim() == 2, lambda: f"mamba2_out_step: y must be [B, K], got {list(y.shape)}")
 
 

@@ -4,19 +4,6 @@
 namespace bitkernels {
 namespace {
 
-void check_weight(const char* op, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
-                  int64_t channels) {
-  check_same_device(op, "weight", weight, x);
-  check_floating(op, "weight", weight);
-  check_argument(weight.dim() == 2 && weight.size(0) == channels && weight.size(1) >= 1, op,
-                 ": weight must be of shape [", channels, ", W], got ", shape(weight));
-  if (bias) {
-    check_same_device(op, "bias", *bias, x);
-    check_floating(op, "bias", *bias);
-    check_shape(op, "bias", *bias, {channels});
-  }
-}
-
 // The kernel's description of the problem, and what keeps its pointers alive.
 struct Convolution {
   std::vector<cpu::Sequence> sequences;
@@ -53,7 +40,7 @@ struct Convolution {
                                           const std::optional<Tensor>& cu_seqlens) {
     kernel_dtype(op, "x", x.scalar_type());
     check_rank(op, "x", x, 3, "[B, T, C]");
-    check_weight(op, x, weight, bias, x.size(2));
+    check_taps(op, x, weight, bias, x.size(2));
     std::vector<cpu::Sequence> out = bitkernels::sequences(op, x, cu_seqlens, cpu::causal_conv1d_chunks);
     if (initial_state) {
       check_same_device(op, "initial_state", *initial_state, x);
@@ -120,7 +107,7 @@ Tensor causal_conv1d_step(Tensor conv_state, const Tensor& x, const Tensor& weig
   constexpr const char* op = "causal_conv1d_step";
   const DType dtype = kernel_dtype(op, "x", x.scalar_type());
   check_rank(op, "x", x, 2, "[B, C]");
-  check_weight(op, x, weight, bias, x.size(1));
+  check_taps(op, x, weight, bias, x.size(1));
   check_same_device(op, "conv_state", conv_state, x);
   check_floating(op, "conv_state", conv_state);
   const int64_t batch = x.size(0), channels = x.size(1), history = weight.size(1) - 1;

@@ -4,17 +4,6 @@
 namespace bitkernels {
 namespace {
 
-// The tensor as rows of its last axis, one stride apart; copied only where the leading axes cannot be merged.
-Tensor as_rows(const Tensor& t) {
-  bool merges = t.size(-1) <= 1 || t.stride(-1) == 1;
-  for (int64_t i = 0; i + 2 < t.dim(); ++i) {
-    merges = merges && (t.size(i) == 1 || t.stride(i) == t.stride(i + 1) * t.size(i + 1));
-  }
-  return merges ? t : torch::stable::contiguous(t);
-}
-
-int64_t row_stride(const Tensor& t) { return t.dim() > 1 ? t.stride(-2) : t.size(-1); }
-
 // The kernel's description of the problem, and what keeps its pointers alive.
 struct Norm {
   Tensor x, z, weight;
@@ -22,7 +11,7 @@ struct Norm {
 
   Norm(const char* op, const Tensor& x_in, const Tensor& z_in, const Tensor& weight_in, double eps,
        std::optional<int64_t> group_size)
-      : x(check(op, x_in, z_in, weight_in, group_size)),
+      : x((check_gated_norm(op, x_in, z_in, weight_in, group_size), as_rows(x_in))),
         z(as_rows(z_in)),
         weight(as_dtype(weight_in, scale_type(x_in.scalar_type()))),
         args{.x = x.const_data_ptr(),
@@ -36,21 +25,6 @@ struct Norm {
              .group_size = group_size.value_or(x.size(-1)),
              .x_row = row_stride(x),
              .z_row = row_stride(z)} {}
-
-  static Tensor check(const char* op, const Tensor& x, const Tensor& z, const Tensor& weight,
-                      std::optional<int64_t> group_size) {
-    kernel_dtype(op, "x", x.scalar_type());
-    check_argument(x.dim() >= 1, op, ": x must have at least one dimension");
-    check_same_device(op, "z", z, x);
-    check_dtype(op, "z", z, x.scalar_type());
-    check_argument(shape(z) == shape(x), op, ": z must be of x's shape ", shape(x), ", got ", shape(z));
-    check_same_device(op, "weight", weight, x);
-    check_floating(op, "weight", weight);
-    check_shape(op, "weight", weight, {x.size(-1)});
-    check_argument(!group_size || (*group_size > 0 && x.size(-1) % *group_size == 0), op,
-                   ": group_size must divide the last axis of x, ", x.size(-1), ", got ", group_size.value_or(0));
-    return as_rows(x);
-  }
 };
 
 Tensor gated_rms_norm(const Tensor& x, const Tensor& z, const Tensor& weight, double eps,

@@ -93,6 +93,10 @@ struct Mamba2OutStep {
   const void* norm_weight;  // [K]
   double eps;
   void* residual;  // [M, N] fp32, fp64 where dtype is
+  // fp32 [M / square_tokens, square_parts, square_tokens]: the parts add up to the sum of a row's squares, which need
+  // not be found from x then. Or null.
+  const void* squares;
+  int64_t square_parts, square_tokens;
 };
 int64_t mamba2_out_step_workspace(const Mamba2OutStep&);
 void mamba2_out_step(const Mamba2OutStep&, Executor);

@@ -21,12 +21,13 @@ Tensor mamba2_in_step(const Tensor& residual, const Tensor& norm_weight, const T
 }
 
 void mamba2_out_step(Tensor residual, const Tensor& y, const Tensor& norm_weight, const Tensor& w_packed,
-                     const Tensor& alpha, const Tensor& beta, const std::optional<Tensor>& bias, double eps) {
+                     const Tensor& alpha, const Tensor& beta, const std::optional<Tensor>& bias, double eps,
+                     const std::optional<Tensor>& squares) {
   constexpr const char* op = "mamba2_out_step";
   check_same_device(op, "residual", residual, y);
   NormedProjection projection(op, "y", y, norm_weight, w_packed, alpha, beta, bias, "y", y.scalar_type());
   check_dtype(op, "residual", residual, scale_type(y.scalar_type()));
-  OutStep step(op, std::move(projection), residual, eps);
+  OutStep step(op, std::move(projection), residual, eps, squares);
   if (residual.numel() == 0) return;
   step.run(Launch(y));
   copy_back(residual, step.residual);

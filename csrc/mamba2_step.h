@@ -115,16 +115,30 @@ struct InStep {
 struct OutStep {
   NormedProjection projection;
   Tensor residual;
+  std::optional<Tensor> squares;
   BITKERNELS_BACKEND::Mamba2OutStep args;
 
-  OutStep(const char* op, NormedProjection normed, const Tensor& sum, double eps)
+  OutStep(const char* op, NormedProjection normed, const Tensor& sum, double eps,
+          const std::optional<Tensor>& sums_of_squares = std::nullopt)
       : projection(std::move(normed)), residual(sum) {
     check_shape(op, "residual", sum, {projection.args.M, projection.args.N});
+    if (sums_of_squares) {
+      check_same_device(op, "squares", *sums_of_squares, sum);
+      check_dtype(op, "squares", *sums_of_squares, ScalarType::Float);
+      check_rank(op, "squares", *sums_of_squares, 3, "[S, parts, B / S]");
+      check_argument(sums_of_squares->size(0) * sums_of_squares->size(2) == projection.args.M, op,
+                     ": squares must be [S, parts, B / S] for B = ", projection.args.M, ", got ",
+                     shape(*sums_of_squares));
+      squares = dense(*sums_of_squares);
+    }
     residual = dense(sum);
     args = {.linear = projection.args,
             .norm_weight = projection.norm_weight.const_data_ptr(),
             .eps = eps,
-            .residual = residual.mutable_data_ptr()};
+            .residual = residual.mutable_data_ptr(),
+            .squares = data_or_null(squares),
+            .square_parts = squares ? squares->size(1) : 0,
+            .square_tokens = squares ? squares->size(2) : 0};
   }
 
   void run(const Launch& launch) {

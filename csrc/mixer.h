@@ -85,6 +85,45 @@ inline void check_head_parameters(const char* op, const Tensor& x, const Tensor&
   }
 }
 
+// Weight and bias of a convolution over `channels`.
+inline void check_taps(const char* op, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                       int64_t channels) {
+  check_same_device(op, "weight", weight, x);
+  check_floating(op, "weight", weight);
+  check_argument(weight.dim() == 2 && weight.size(0) == channels && weight.size(1) >= 1, op,
+                 ": weight must be of shape [", channels, ", W], got ", shape(weight));
+  if (bias) {
+    check_same_device(op, "bias", *bias, x);
+    check_floating(op, "bias", *bias);
+    check_shape(op, "bias", *bias, {channels});
+  }
+}
+
+inline void check_gated_norm(const char* op, const Tensor& x, const Tensor& z, const Tensor& weight,
+                             std::optional<int64_t> group_size) {
+  kernel_dtype(op, "x", x.scalar_type());
+  check_argument(x.dim() >= 1, op, ": x must have at least one dimension");
+  check_same_device(op, "z", z, x);
+  check_dtype(op, "z", z, x.scalar_type());
+  check_argument(shape(z) == shape(x), op, ": z must be of x's shape ", shape(x), ", got ", shape(z));
+  check_same_device(op, "weight", weight, x);
+  check_floating(op, "weight", weight);
+  check_shape(op, "weight", weight, {x.size(-1)});
+  check_argument(!group_size || (*group_size > 0 && x.size(-1) % *group_size == 0), op,
+                 ": group_size must divide the last axis of x, ", x.size(-1), ", got ", group_size.value_or(0));
+}
+
+// The tensor as rows of its last axis, one stride apart; copied only where the leading axes cannot be merged.
+inline Tensor as_rows(const Tensor& t) {
+  bool merges = t.size(-1) <= 1 || t.stride(-1) == 1;
+  for (int64_t i = 0; i + 2 < t.dim(); ++i) {
+    merges = merges && (t.size(i) == 1 || t.stride(i) == t.stride(i + 1) * t.size(i + 1));
+  }
+  return merges ? t : torch::stable::contiguous(t);
+}
+
+inline int64_t row_stride(const Tensor& t) { return t.dim() > 1 ? t.stride(-2) : t.size(-1); }
+
 inline void check_groups(const char* op, const Tensor& B, int64_t groups, int64_t H) {
   check_argument(groups > 0 && H % groups == 0, op, ": B must have a number of groups that divides ", H, " heads, got ",
                  shape(B));

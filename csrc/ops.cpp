@@ -44,6 +44,7 @@ STABLE_TORCH_LIBRARY(bitkernels, m) {
   m.def(
       "add_rms_norm(Tensor? residual, Tensor branch, Tensor weight, float eps, ScalarType dtype) -> "
       "(Tensor total, Tensor normed)");
+  m.def("rms_norm(Tensor x, Tensor weight, float eps, ScalarType dtype) -> Tensor");
   m.def(
       "add_rms_norm_backward(Tensor? dtotal, Tensor? dnormed, Tensor total, Tensor weight, float eps, "
       "ScalarType branch_dtype) -> (Tensor dresidual, Tensor dbranch, Tensor dweight)");
@@ -54,11 +55,12 @@ STABLE_TORCH_LIBRARY(bitkernels, m) {
       "bool dt_softplus=False, float dt_min=0.0, float? dt_max=None, int chunk_size=64) -> "
       "(Tensor y, Tensor final_states)");
   // What ssd_scan does on Hopper GPUs where bitkernels/triton/ssd_scan.py says so: thread blocks that share a sequence,
-  // and what 64 tokens cost that only the state passes, in such with outputs.
+  // what 64 tokens cost that only the state passes, in such with outputs, and how many second parts a processor makes.
+  // With `squares` also the sum of the squares of a head's gated outputs, [B, H, T]; else that is empty.
   m.def(
       "ssd_scan_hopper(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, "
-      "Tensor? initial_states, bool dt_softplus, float dt_min, float? dt_max, int parts, float states_cost) -> "
-      "(Tensor y, Tensor final_states)");
+      "Tensor? initial_states, bool dt_softplus, float dt_min, float? dt_max, int parts, float states_cost, "
+      "int turns=1, bool squares=False) -> (Tensor y, Tensor final_states, Tensor squares)");
   // The gradient of an argument that was not given is an empty tensor.
   m.def(
       "ssd_scan_backward(Tensor dy, Tensor? dfinal_states, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, "
@@ -86,7 +88,7 @@ STABLE_TORCH_LIBRARY(bitkernels, m) {
       "Tensor? bias=None, float eps=1e-05, Tensor? state_indices=None) -> Tensor");
   m.def(
       "mamba2_out_step(Tensor(a!) residual, Tensor y, Tensor norm_weight, Tensor w_packed, Tensor alpha, "
-      "Tensor beta, Tensor? bias=None, float eps=1e-05) -> ()");
+      "Tensor beta, Tensor? bias=None, float eps=1e-05, Tensor? squares=None) -> ()");
   // All of it.
   m.def(
       "mamba2_step(Tensor(a!) residual, Tensor in_norm, Tensor in_packed, Tensor in_alpha, Tensor in_beta, "
@@ -109,6 +111,10 @@ STABLE_TORCH_LIBRARY(bitkernels, m) {
   m.def(
       "causal_conv1d(Tensor x, Tensor weight, Tensor? bias=None, Tensor? initial_state=None, "
       "Tensor? seq_idx=None, Tensor? cu_seqlens=None, bool silu=True) -> Tensor");
+  // What causal_conv1d does on CUDA where bitkernels/triton/short_convolution.py says so.
+  m.def(
+      "causal_conv1d_cuda(Tensor x, Tensor weight, Tensor? bias, Tensor? initial_state, Tensor? seq_idx, "
+      "Tensor? cu_seqlens, bool silu) -> Tensor");
   m.def(
       "causal_conv1d_backward(Tensor dy, Tensor x, Tensor weight, Tensor? bias=None, "
       "Tensor? initial_state=None, Tensor? seq_idx=None, Tensor? cu_seqlens=None, bool silu=True) -> "

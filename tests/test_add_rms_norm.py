@@ -74,6 +74,23 @@ def test_value_and_gradients(case, dtype, outputs, device):
             assert_close(f"d{name}", t.grad, leaf.grad, TOLERANCE[dtype])
 
 
+@pytest.mark.memcheck
+@pytest.mark.parametrize("out", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_norm_alone(case, dtype, out, device):
+    _, x, weight = inputs(case, device, dtype)
+    normed = bitkernels.rms_norm(x, weight, case.eps, out)
+    assert normed.dtype == out
+    assert_close("normed", normed, reference.add_rms_norm(None, *wide(x, weight), case.eps)[1], TOLERANCE[out])
+    assert torch.equal(bitkernels.rms_norm(*map(noncontiguous, (x, weight)), case.eps, out), normed)
+
+
+def test_opcheck_of_the_norm_alone(device):
+    _, x, weight = inputs(CASES[3], device, torch.float32)
+    opcheck(torch.ops.bitkernels.rms_norm, (x, weight, 1e-5, torch.bfloat16), grad=False)
+
+
 def test_gradcheck():
     tensors = inputs(Case((2, 3), 6), "cpu", torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(bitkernels.add_rms_norm, tensors)
@@ -135,12 +152,16 @@ def test_cuda_graph():
 def test_errors(device):
     residual, branch, weight = inputs(CASES[3], device, torch.bfloat16)
     for args, message in (
-        ((residual.half(), branch, weight), "residual must be torch.float32, got torch.float16"),
+        ((residual.half(), branch, weight), "residual must be (torch.float32, got torch.float16|Float, got Half)"),
         ((residual[:1], branch, weight), r"residual must be of shape \[2, 3, 33\], got \[1, 3, 33\]"),
         ((residual, branch, weight[:3]), r"weight must be of shape \[33\], got \[3\]"),
         ((residual, branch.int(), weight), "branch must be float32, bfloat16 or float16"),
     ):
         with pytest.raises(ValueError, match=f"add_rms_norm: {message}"):
             bitkernels.add_rms_norm(*args)
+    with pytest.raises(ValueError, match="rms_norm: weight must be"):
+        bitkernels.rms_norm(branch, weight[:-1])
+    with pytest.raises(ValueError, match="rms_norm: dtype must be a floating dtype, got torch.int8"):
+        bitkernels.rms_norm(branch, weight, dtype=torch.int8)
     with pytest.raises(ValueError, match="add_rms_norm: dtype must be a floating dtype, got torch.int8"):
         bitkernels.add_rms_norm(residual, branch, weight, dtype=torch.int8)

@@ -12,6 +12,7 @@ from bitkernels.inference import engine as engine_module
 from bitkernels.inference.memory import check_memory
 from bitkernels.inference.sampling import draw, exponential
 from bitkernels.models import BiMambaConfig, BiMambaForCausalLM
+from bitkernels.models.bimamba import Packed
 from bitkernels.nn import pack_
 
 SHAPE = BiMambaConfig(vocab_size=50, d_model=24, n_layer=2, headdim=8, d_state=12, chunk_size=16, binarize="all")
@@ -84,6 +85,30 @@ def test_bf16_logits_are_as_accurate_as_one_bf16_forward(model, read):
         assert error <= max(limit, TOLERANCE[torch.bfloat16]), f"prompt {length}: {error:.3g} above {limit:.3g}"
 
 
+@pytest.mark.parametrize("heads", [4, 24])  # on Hopper GPUs two kernels of the scan
+@torch.no_grad()
+def test_long_prompts_are_as_accurate_as_one_bf16_forward(heads, device, read):
+    """Chunks of so many tokens that on GPUs the output projection takes norm and sum along."""
+    torch.manual_seed(1)
+    shape = SHAPE.replace(d_model=32 * heads, headdim=64, d_state=64)
+    model = pack_(BiMambaForCausalLM(shape)).to(device).eval()
+    ids = torch.randint(50, (4503,))
+    model.set_activation_dtype_(torch.bfloat16).set_activation_dtype_(torch.float32)
+    exact = model(ids[None].to(device))[0]
+    model.set_activation_dtype_(torch.bfloat16)
+    limit = max(1.1 * rms_error(model(ids[None].to(device))[0], exact), TOLERANCE[torch.bfloat16])
+    for length, chunk in ((4500, 2048), (4500, 5000), (2048, 4096)):
+        error = rms_error(read(model, ids[: length + 3], length, chunk), exact[length - 1 : length + 2])
+        assert error <= limit, f"prompt {length} by {chunk}: {error:.3g} above {limit:.3g}"
+    # Several at once, of equal lengths and of different ones.
+    for lengths in ((1024, 1024), (1000, 1500, 30)):
+        cache = model.new_cache(len(lengths))
+        packed = Packed.of(lengths, range(len(lengths)), shape.d_conv, model.device)
+        logits = model.prefill_packed(torch.cat([ids[:n] for n in lengths]).to(device), packed, cache)
+        error = rms_error(logits, exact[[n - 1 for n in lengths]])
+        assert error <= limit, f"prompts {lengths}: {error:.3g} above {limit:.3g}"
+
+
 def test_greedy_is_the_likeliest_of_one_forward(model):
     prompts = [torch.randint(50, (n,)) for n in (1, 2, 3, 17, 40, 5)]
     new = model.generate(prompts, max_new_tokens=8, temperature=0, prefill_chunk=7)
@@ -154,7 +179,10 @@ def test_steps_that_are_padded_and_read_late():
     for prompt, length in zip(prompts, lengths, strict=True):
         params = SamplingParams(length, 0, top_k=3, repetition_penalty=1.0 if length % 2 else 1.0001)
         requests.append(engine.submit(prompt, params))
-        engine.step()
+        new = engine.step()
+        # The first token of all waits for no capture.
+        assert new or len(requests) > 1
+        assert engine._graphs.captured == (len(requests) > 1)
     drawn = engine.submit([7], SamplingParams(9, 0.9, top_k=5, seed=2))
     stopping = engine.submit(prompts[1], SamplingParams(9, 0, stop_tokens=[greedy_by_forward(model, prompts[1], 3)[2]]))
     finish(engine)

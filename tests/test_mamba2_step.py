@@ -177,6 +177,39 @@ def test_out_step(case, dtype, device):
     assert_close("added", given["residual"].cpu().double() - before, ref["residual"] - before, TOLERANCE[dtype])
 
 
+MANY_TOKENS = [
+    Case(200, 264, 512, 0, 0),
+    Case(1000, 264, 512, 0, 0),
+    # From 2048 on one product adds, in bf16 and with column scales; widths that are no multiple of four or eight, more
+    # and fewer tiles than processors, and rows of K that end within a box.
+    Case(2048, 136, 1032, 0, 0, bias=True),
+    Case(5000, 2564, 256, 0, 0),
+    Case(2060, 130, 256, 0, 0),
+    Case(2060, 260, 100, 0, 0),
+    Case(2060, 136, 256, 0, 0, scales="row"),
+]
+
+
+@pytest.mark.memcheck
+@pytest.mark.parametrize("given_squares", [False, True], ids=["", "squares"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", MANY_TOKENS, ids=str)
+def test_out_step_of_many_tokens(case, dtype, given_squares, device):
+    given = out_inputs(case, device, dtype)
+    ref = wide_arguments(given)
+    before = ref["residual"].clone()
+    if given_squares:  # four sequences, of parts of a row that are not alike
+        squares = given["y"].float().square().view(4, case.batch // 4, case.K)
+        parts = squares.split([case.K // 4, case.K - case.K // 4], -1)
+        given["squares"] = torch.stack([part.sum(-1) for part in parts], 1)
+    again = {**given, "residual": given["residual"].clone()}
+    bitkernels.mamba2_out_step(**given)
+    reference.mamba2_out_step(**ref)
+    assert_close("added", given["residual"].cpu().double() - before, ref["residual"] - before, TOLERANCE[dtype])
+    bitkernels.mamba2_out_step(**again)
+    assert torch.equal(again["residual"], given["residual"])
+
+
 @pytest.mark.memcheck
 @pytest.mark.parametrize("state_dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layer", LAYERS, ids=str)
@@ -452,6 +485,8 @@ def test_bad_input(change, words, device):
         ({"residual": torch.ones(2, 20).half()}, "mamba2_out_step: residual must be Float, got Half"),
         ({"y": torch.ones(2, 32, dtype=torch.int32)}, "mamba2_out_step: y must be .*got Int"),
         ({"norm_weight": torch.ones(33)}, r"mamba2_out_step: norm_weight .*got \[33\]"),
+        ({"squares": torch.ones(1, 3, 1)}, r"mamba2_out_step: squares .*got \[1, 3, 1\]"),
+        ({"squares": torch.ones(1, 3, 2).double()}, "mamba2_out_step: squares must be Float, got Double"),
     ],
 )
 def test_bad_output_step(change, words, device):

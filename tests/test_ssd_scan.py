@@ -295,6 +295,40 @@ def test_shared_sequences(case, monkeypatch):
 
 
 @pytest.mark.gpu
+@pytest.mark.memcheck
+@pytest.mark.parametrize("case", [Case(2, 130, 24, 64, 64, z=True), Case(1, 1000, 80, 64, 128, G=2, z=True)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_squares_of_gated_outputs(case, dtype):
+    if not (torch.cuda.is_available() and has_hopper_kernels("cuda")):
+        pytest.skip("no Hopper GPU is visible")
+    from bitkernels.triton.ssd_scan import gated_scan
+
+    x, dt, A, B, C, D, z, dt_bias, initial = joined_inputs(case, "cuda", dtype)[:9]
+    arguments = x, dt, A, B, C, D, z, dt_bias, initial, None, None, True, 0.0, None, 64
+    y, final, squares = gated_scan(*arguments)
+    assert all(map(torch.equal, (y, final), torch.ops.bitkernels.ssd_scan(*arguments)))
+    assert_close("squares", squares, y.double().square().sum(-1).mT, 2 * TOLERANCE[dtype])
+
+
+@pytest.mark.gpu
+@pytest.mark.memcheck
+@pytest.mark.parametrize("gated", [False, True], ids=["", "z"])
+@pytest.mark.parametrize("T", [65, 450])
+def test_second_parts_in_turns(T, gated):
+    """They make the same bits as a thread block alone."""
+    if not (torch.cuda.is_available() and has_hopper_kernels("cuda")):
+        pytest.skip("no Hopper GPU is visible")
+    case = Case(1, T, 80, 64, 128, D="H", z=True, initial=True)
+    x, dt, A, B, C, D, z, dt_bias, initial = joined_inputs(case, "cuda", torch.bfloat16)[:9]
+    given = x, dt, A, B, C, D, z if gated else None, dt_bias, initial, True, 0.0, None
+    alone = torch.ops.bitkernels.ssd_scan_hopper(*given, 1, 0.0, 1, gated)
+    for states_cost in (0.0, 0.4, 0.9):
+        assert all(map(torch.equal, torch.ops.bitkernels.ssd_scan_hopper(*given, 2, states_cost, 2, gated), alone))
+    with pytest.raises(ValueError, match="turns"):
+        torch.ops.bitkernels.ssd_scan_hopper(*given, 1, 0.4, 2, gated)
+
+
+@pytest.mark.gpu
 def test_too_many_parts():
     if not (torch.cuda.is_available() and has_hopper_kernels("cuda")):
         pytest.skip("no Hopper GPU is visible")

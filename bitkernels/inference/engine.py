@@ -53,7 +53,8 @@ class Engine:
     """Generates for many requests at once.
 
     ``submit`` requests at any time; every ``step`` reads a chunk of the waiting prompts, then draws a token for each
-    request that runs. Nothing is compiled or captured when requests join or leave. Not safe for several threads.
+    request that runs. On a GPU the first token of all is handed out before steps are captured, all in the step after
+    it: nothing is compiled or captured when requests join or leave. Not safe for several threads.
 
     Args:
         model: in eval mode, on its device.
@@ -150,6 +151,9 @@ class Engine:
         """
         try:
             self._prefill()
+            if self._running and self._graphs is not None and not self._graphs.awaited:
+                self._graphs.awaited = True
+                return self._collect(0)
             self._decode()
             return self._collect(self._lag if self._running or self._waiting else 0)
         except BaseException as error:
@@ -293,7 +297,11 @@ def _mode(requests: list[Request]) -> Mode:
 
 
 class _DecodeGraphs:
-    """Decode steps as CUDA graphs, one for each of a few batch sizes; a smaller batch is padded."""
+    """Decode steps as CUDA graphs, one for each of a few batch sizes; a smaller batch is padded.
+
+    All are captured at the first replay: at the start of a process that takes as long as the first prompt, whose token
+    need not wait for it.
+    """
 
     def __init__(self, engine: Engine):
         self.engine = engine
@@ -307,6 +315,10 @@ class _DecodeGraphs:
         self.pool = None  # the memory of the first graph, which all share, since no two run at once
         self.forward: dict[int, torch.cuda.CUDAGraph] = {}
         self.sample: dict[tuple[int, Mode], torch.cuda.CUDAGraph] = {}
+        self.awaited = False  # whether the first tokens were handed out, and the next step captures
+        self.captured = False
+
+    def _capture_all(self) -> None:
         # The garbage collector must not free an older graph, which would invalidate the capture.
         gc.collect()
         gc.disable()
@@ -316,6 +328,7 @@ class _DecodeGraphs:
                 self._capture(size)
         finally:
             gc.enable()
+        self.captured = True
 
     def _capture(self, size: int) -> None:
         slots, sampler = self.slots[size], self.engine._sampler
@@ -344,6 +357,8 @@ class _DecodeGraphs:
         return graph, result
 
     def replay(self, slots: list[int], mode: Mode) -> Tensor:
+        if not self.captured:
+            self._capture_all()
         size = next(size for size in self.sizes if size >= len(slots))
         slots = slots + [-1] * (size - len(slots))
         if slots != self.held[size]:

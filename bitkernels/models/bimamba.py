@@ -21,11 +21,15 @@ from bitkernels import (
     head_step,
     mamba2_in_step,
     mamba2_mixer,
+    mamba2_out_step,
     mamba2_stack_step,
     mamba2_step,
+    rms_norm,
     ssd_step,
 )
 from bitkernels.dense_linear import torch_is_slow
+from bitkernels.mamba2_mixer import gated_mixer
+from bitkernels.mamba2_step import one_product
 from bitkernels.models.config import BiMambaConfig
 from bitkernels.nn import BitEmbedding, BitLinear, FBILinear, Int8Embedding, PackedLinear
 from bitkernels.nn.common import activation_dtype
@@ -165,8 +169,11 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.eps).to(dtype)
 
-    def after(self, residual: Tensor | None, branch: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """The residual with a block's output, and its norm; None is the residual before the first."""
+    def after(self, residual: Tensor | None, branch: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The residual with a block's output, and its norm; None is the residual before the first, and an output that
+        the residual has already."""
+        if branch is None:
+            return residual, rms_norm(residual, self.weight, self.eps, dtype)
         return add_rms_norm(residual, branch, self.weight, self.eps, dtype)
 
 
@@ -253,23 +260,37 @@ class Mixer(nn.Module):
         conv_state: Tensor | None = None,  # [B, d_conv - 1, channels], updated in place
         ssm_state: Tensor | None = None,  # [B, H, P, N], updated in place
         packed: Packed | None = None,  # what hidden holds; states are those of all slots
-    ) -> Tensor:
+        residual: Tensor | None = None,  # fp32 [B, T, d_model]: may take the output, which is None then
+    ) -> Tensor | None:
         projected = self.in_proj(hidden)
         states, initial_conv, initial_ssm, cu_seqlens = slice(None), conv_state, ssm_state, None
         if packed is not None:
             states, cu_seqlens = packed.states, packed.cu_seqlens
             initial_conv, initial_ssm = conv_state[states], ssm_state[states]
         A = self.A if conv_state is None else self.kept_A()
-        y, final = mamba2_mixer(
-            projected, self.conv_weight, self.conv_bias, self.dt_bias, A, self.D, self.norm_weight, initial_conv,
-            initial_ssm, seq_idx, cu_seqlens, self.config.ngroups, self.config.chunk_size,
-            norm_eps=self.config.norm_eps, return_final_states=True,
-        )  # fmt: skip
+        out = self.out_proj
+        adds = residual is not None and seq_idx is None and isinstance(out, PackedLinear)
+        adds = adds and one_product(projected[..., : self.config.d_inner], out.alpha)
+        if adds:
+            y, squares, final = gated_mixer(
+                projected, self.conv_weight, self.conv_bias, self.dt_bias, A, self.D, initial_conv, initial_ssm,
+                cu_seqlens, self.config.ngroups, self.config.chunk_size,
+            )  # fmt: skip
+        else:
+            y, final = mamba2_mixer(
+                projected, self.conv_weight, self.conv_bias, self.dt_bias, A, self.D, self.norm_weight, initial_conv,
+                initial_ssm, seq_idx, cu_seqlens, self.config.ngroups, self.config.chunk_size,
+                norm_eps=self.config.norm_eps, return_final_states=True,
+            )  # fmt: skip
         if conv_state is not None:
             xbc = self._split(projected)[1]
             store(conv_state, states, (moved_on if packed is None else packed.conv_states)(initial_conv, xbc))
             store(ssm_state, states, final)
-        return self.out_proj(y)
+        if not adds:
+            return out(y)
+        rows = residual.view(-1, residual.shape[-1]), y.view(-1, y.shape[-1])
+        mamba2_out_step(*rows, self.norm_weight, *out.packed(), self.config.norm_eps, squares)
+        return None
 
 
 class Layer(nn.Module):
@@ -448,7 +469,8 @@ class BiMambaForCausalLM(nn.Module):
         for i, layer in enumerate(self.layers):
             states = (None, None) if cache is None else (cache.conv[i], cache.ssm[i])
             residual, normed = layer.norm.after(residual, branch, dtype)
-            branch = layer.mixer(normed, seq_idx, *states)
+            # Without gradients, and so in place.
+            branch = layer.mixer(normed, seq_idx, *states, residual=None if cache is None else residual)
         return self.norm.after(residual, branch, dtype)[1]
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -491,9 +513,9 @@ class BiMambaForCausalLM(nn.Module):
         dtype = branch.dtype
         for layer, conv, ssm in zip(self.layers, cache.conv, cache.ssm, strict=True):
             residual, normed = layer.norm.after(residual, branch, dtype)
-            branch = layer.mixer(normed, None, conv, ssm, packed)
-        residual, branch = packed.last(residual), packed.last(branch)
-        return self.next_logits(self.norm.after(residual, branch, dtype)[1])
+            branch = layer.mixer(normed, None, conv, ssm, packed, residual)
+        residual = packed.last(residual)
+        return self._logits_after(residual if branch is None else residual + packed.last(branch), dtype)
 
     @torch.no_grad()
     def step(self, ids: Tensor, cache: BiMambaCache, slots: Slots | None = None) -> Tensor:
@@ -508,6 +530,10 @@ class BiMambaForCausalLM(nn.Module):
         dtype, residual = hidden.dtype, hidden.float()
         residual = self._step_layers(residual, dtype, cache, slots)
         cache.tokens += 1
+        return self._logits_after(residual, dtype)
+
+    def _logits_after(self, residual: Tensor, dtype: torch.dtype) -> Tensor:
+        """``next_logits`` of the norm of the last residual, [B, d_model]."""
         head = self.embedding if self.head is None else self.head
         if residual.is_cuda and isinstance(head, nn.Embedding | nn.Linear) and head.weight.dtype == dtype:
             return head_step(residual, self.norm.weight, head.weight, self.norm.eps)

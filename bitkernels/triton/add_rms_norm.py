@@ -1,11 +1,11 @@
-"""``total = residual + branch`` and ``RMSNorm(total) * weight``, a row in one program's registers."""
+"""``total = residual + branch`` and ``RMSNorm(total) * weight``, a row in one program's registers; or that norm of one
+tensor."""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from bitkernels.triton import arguments
 from bitkernels.triton.arguments import check, check_shape
 from bitkernels.triton.gated_rms_norm import load_row
 from bitkernels.triton.launch import Launch, layout, planned
@@ -20,7 +20,7 @@ def add_rms_norm_kernel(
     p_residual,  # [rows, D] or None
     p_branch,  # [rows, D]
     p_weight,  # [D]
-    p_total,  # [rows, D]
+    p_total,  # [rows, D] or None: not kept
     p_normed,  # [rows, D]
     D,
     eps,
@@ -32,7 +32,8 @@ def add_rms_norm_kernel(
     total = load_row(p_branch + i_row, o_d, m_d, 1)
     if p_residual is not None:
         total += load_row(p_residual + i_row, o_d, m_d, 1)
-    tl.store(p_total + i_row + o_d, total, mask=m_d)
+    if p_total is not None:
+        tl.store(p_total + i_row + o_d, total, mask=m_d)
     normed = total / tl.sqrt(tl.sum(total * total, 0) / D + eps) * load_row(p_weight, o_d, m_d, 1)
     tl.store(p_normed + i_row + o_d, normed.to(p_normed.dtype.element_ty), mask=m_d)
 
@@ -112,6 +113,31 @@ def add_rms_norm(
     return planned(key, lambda: AddNormPlan(*tensors, eps))(*tensors, dtype)
 
 
+class NormPlan:
+    """Checks arguments and plans the launch for them; call: the norm."""
+
+    def __init__(self, x, weight, eps):
+        check_activation("rms_norm", "x", x)
+        check(x.dim() >= 1, "rms_norm", "x must have at least one dimension")
+        check_floating("rms_norm", "weight", weight, x, tuple(x.shape[-1:]))
+        if x.numel():
+            options = _block(x.shape[-1])
+            block, D = options.pop("BLOCK"), x.shape[-1]
+            self.launch = Launch(add_rms_norm_kernel, (x.numel() // D, 1, 1), D, eps, block, **options)
+
+    def __call__(self, x, weight, dtype) -> Tensor:
+        normed = torch.empty(x.shape, dtype=dtype, device=x.device)
+        if x.numel():
+            self.launch(None, x.contiguous(), weight.contiguous(), None, normed)
+        return normed
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    """``bitkernels::rms_norm``."""
+    key = "rms_norm", eps, dtype, layout(x), layout(weight)
+    return planned(key, lambda: NormPlan(x, weight, eps))(x, weight, dtype)
+
+
 def add_rms_norm_backward(
     dtotal: Tensor | None, dnormed: Tensor | None, total: Tensor, weight: Tensor, eps: float, branch_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -129,7 +155,3 @@ def add_rms_norm_backward(
         dweight, rows, D, eps, **_block(D),
     )  # fmt: skip
     return dresidual, dbranch, dweight.sum(0)
-
-
-def register(dispatch_key: str = "CUDA") -> None:
-    arguments.register(dispatch_key, add_rms_norm, add_rms_norm_backward)

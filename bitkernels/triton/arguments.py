@@ -87,9 +87,3 @@ def on_its_device(function: Callable) -> Callable:
             return function(*args, **named)
 
     return call
-
-
-def register(dispatch_key: str, *functions: Callable) -> None:
-    """Makes each function the implementation of the operator of its name."""
-    for function in functions:
-        torch.library.impl(f"bitkernels::{function.__name__}", dispatch_key, on_its_device(function))

@@ -10,7 +10,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bitkernels.triton import arguments
 from bitkernels.triton.arguments import cdiv
 from bitkernels.triton.elementwise import silu, silu_gradient
 from bitkernels.triton.launch import Launch, layout, planned
@@ -458,7 +457,3 @@ def causal_conv1d_step(
         WIDTH=weight.shape[1], SILU=silu, BLOCK_C=STEP_BLOCK_C, num_warps=4,
     )  # fmt: skip
     return y
-
-
-def register(dispatch_key: str = "CUDA") -> None:
-    arguments.register(dispatch_key, causal_conv1d, causal_conv1d_backward, causal_conv1d_step)

@@ -5,7 +5,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bitkernels.triton import arguments
 from bitkernels.triton.elementwise import silu, silu_gradient
 from bitkernels.triton.launch import Launch, layout, planned
 from bitkernels.triton.mixer_arguments import check_like, check_norm
@@ -198,7 +197,3 @@ def gated_rms_norm_backward(
         *dy.stride(), *x.stride(), *z.stride(), dz_rows.stride(0), *weight.stride(), eps, **options,
     )  # fmt: skip
     return dx, dz, dweight.sum(0)
-
-
-def register(dispatch_key: str = "CUDA") -> None:
-    arguments.register(dispatch_key, gated_rms_norm, gated_rms_norm_backward)

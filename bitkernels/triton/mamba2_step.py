@@ -4,8 +4,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bitkernels.triton import arguments
-
 
 def mamba2_in_step(
     residual: Tensor,
@@ -49,8 +47,9 @@ def mamba2_out_step(
     beta: Tensor,
     bias: Tensor | None = None,
     eps: float = 1e-5,
+    squares: Tensor | None = None,
 ) -> None:
-    """``bitkernels::mamba2_out_step``."""
+    """``bitkernels::mamba2_out_step``, which has no use for ``squares``."""
     normalised = F.rms_norm(y.float(), y.shape[-1:], norm_weight.float(), eps).to(y.dtype)
     residual += torch.ops.bitkernels.packed_linear(normalised, w_packed, alpha, beta, bias)
 
@@ -96,7 +95,3 @@ def mamba2_step(
         z.unflatten(-1, heads), dt_bias, True, 0.0, None, state_indices, seed, position,
     )  # fmt: skip
     ops.mamba2_out_step(residual, y.flatten(-2), out_norm, out_packed, out_alpha, out_beta, out_bias, out_eps)
-
-
-def register(dispatch_key: str = "CUDA") -> None:
-    arguments.register(dispatch_key, mamba2_in_step, mamba2_out_step, mamba2_step)

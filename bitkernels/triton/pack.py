@@ -5,7 +5,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bitkernels.triton import arguments
 from bitkernels.triton.arguments import check, check_float, check_packed, check_scale, vector, words_of
 from bitkernels.triton.packed_matmul import SIGN_BITS, TERNARY_BITS, decode
 
@@ -107,7 +106,3 @@ def pack_ternary(w: Tensor, scale: Tensor | None = None) -> Tensor:
 
 def unpack_ternary(w_packed: Tensor, K: int, *, dtype: torch.dtype) -> Tensor:
     return _unpack("unpack_ternary", w_packed, K, dtype, TERNARY_BITS)
-
-
-def register(dispatch_key: str = "CUDA") -> None:
-    arguments.register(dispatch_key, pack_sign, unpack_sign, pack_ternary, unpack_ternary)

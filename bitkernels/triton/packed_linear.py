@@ -6,7 +6,6 @@ other way round, and a single scale can be applied to the finished sum in both.
 
 from torch import Tensor
 
-from bitkernels.triton import arguments
 from bitkernels.triton.arguments import (
     check,
     check_device,
@@ -106,7 +105,3 @@ def packed_linear_backward(
 
 def explain_packed_linear(like: Tensor, M: int, N: int, K: int, scales: str) -> str:
     return explain(M, like.dtype)
-
-
-def register(dispatch_key: str = "CUDA") -> None:
-    arguments.register(dispatch_key, packed_linear, packed_linear_backward, explain_packed_linear)

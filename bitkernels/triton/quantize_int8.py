@@ -5,7 +5,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bitkernels.triton import arguments
 from bitkernels.triton.arguments import check, check_float, rows_of
 from bitkernels.triton.packed_matmul import row_block
 
@@ -69,7 +68,3 @@ def fake_quantize_int8(x: Tensor) -> Tensor:
     check(x.dim() >= 1, op, "x must have at least one dimension")
     q, scale = quantize_int8(x)
     return (q.float() / scale.unsqueeze(-1)).to(x.dtype)
-
-
-def register(dispatch_key: str = "CUDA") -> None:
-    arguments.register(dispatch_key, quantize_int8, fake_quantize_int8)

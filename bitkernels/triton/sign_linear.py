@@ -5,7 +5,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bitkernels.triton import arguments
 from bitkernels.triton.arguments import check, check_float, check_packed, check_scale, vector, words_of
 
 _ROWS, _COLUMNS = 32, 128  # a program's
@@ -90,7 +89,3 @@ def sign_linear_weight_backward(
             COLUMNS=_COLUMNS,
         )
     return dweight, signed.sum(0), plain.sum(0)
-
-
-def register(dispatch_key: str = "CUDA") -> None:
-    arguments.register(dispatch_key, sign_linear_weight_backward)

@@ -71,6 +71,15 @@ def forward_parts(x: Tensor) -> int:
     return max(1, min(at_once, MAX_PARTS, cdiv(T, BLOCK_T)))
 
 
+def forward_turns(x: Tensor) -> int:
+    """Second parts that a processor without a first one makes, where a sequence has two and they do not all run at
+    once; 1 where it has not. Pays for gated outputs alone: a state passes them at less of their cost."""
+    batch, T, H, _ = x.shape
+    idle = torch.cuda.get_device_properties(x.device).multi_processor_count - batch * H
+    turns = cdiv(batch * H, idle) if idle > 0 and T > BLOCK_T else 1
+    return turns if turns * STATES_COST < 1 else 1
+
+
 def row_bytes(x: Tensor, B: Tensor) -> int:
     """Of the states of a sequence before every block, and the gradients of those after it."""
     _, T, H, P = x.shape

@@ -5,7 +5,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bitkernels.triton import arguments
 from bitkernels.triton.arguments import cdiv, next_power_of_2
 from bitkernels.triton.elementwise import silu, step_options, step_size
 from bitkernels.triton.mixer_arguments import check_step
@@ -147,7 +146,3 @@ def ssd_step(
         HEADS_PER_GROUP=H // G, BLOCK_P=block_p, BLOCK_N=block_n, **flags, num_warps=4,
     )  # fmt: skip
     return y
-
-
-def register(dispatch_key: str = "CUDA") -> None:
-    arguments.register(dispatch_key, ssd_step)

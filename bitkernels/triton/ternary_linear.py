@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor
 
-from bitkernels.triton import arguments
 from bitkernels.triton.arguments import (
     check,
     check_device,
@@ -71,7 +70,3 @@ def ternary_linear_backward(grad: Tensor, w_packed: Tensor, scale: Tensor, K: in
 
 def explain_ternary_linear(like: Tensor, M: int, N: int, K: int, act_bits: int | None = None) -> str:
     return explain(M, torch.int8 if act_bits == 8 else like.dtype)
-
-
-def register(dispatch_key: str = "CUDA") -> None:
-    arguments.register(dispatch_key, ternary_linear, ternary_linear_backward, explain_ternary_linear)

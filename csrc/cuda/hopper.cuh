@@ -89,6 +89,12 @@ __device__ inline void load_box(const CUtensorMap* map, SharedAddress to, Shared
       : "memory");
 }
 
+// As far as L2.
+__device__ inline void prefetch_box(const CUtensorMap* map, int column, int row) {
+  asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global [%0, {%1, %2}];" ::"l"(map), "r"(column), "r"(row)
+               : "memory");
+}
+
 // Consecutive bytes, a multiple of 16.
 __device__ inline void load_bytes(SharedAddress to, const void* from, int bytes, SharedAddress barrier) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
@@ -122,6 +128,12 @@ __device__ inline void store_bytes(void* to, SharedAddress from, int bytes) {
 __device__ inline void store_box(const CUtensorMap* map, SharedAddress from, int column, int row) {
   asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map), "r"(from),
                "r"(column), "r"(row)
+               : "memory");
+}
+// Adds to what is there.
+__device__ inline void add_box(const CUtensorMap* map, SharedAddress from, int column, int row) {
+  asm volatile("cp.reduce.async.bulk.tensor.2d.global.shared::cta.add.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map),
+               "r"(from), "r"(column), "r"(row)
                : "memory");
 }
 __device__ inline void commit_stores() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
@@ -232,6 +244,14 @@ __device__ void load_words(SharedAddress from, uint32_t (&v)[kWords]) {
   }
 }
 
+__device__ inline float load_float(SharedAddress from) {
+  float v;
+  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(v) : "r"(from) : "memory");
+  return v;
+}
+__device__ inline void store_float(SharedAddress to, float v) {
+  asm volatile("st.shared.f32 [%0], %1;" ::"r"(to), "f"(v) : "memory");
+}
 __device__ inline void store_words(SharedAddress to, uint32_t first, uint32_t second) {
   asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(to), "r"(first), "r"(second) : "memory");
 }
@@ -251,6 +271,8 @@ __device__ inline void arrive_at_named_barrier(int id, int threads) {
 
 template <typename T>
 constexpr CUtensorMapDataType kMapType = CU_TENSOR_MAP_DATA_TYPE_UINT8;
+template <>
+constexpr CUtensorMapDataType kMapType<float> = CU_TENSOR_MAP_DATA_TYPE_FLOAT32;
 template <>
 constexpr CUtensorMapDataType kMapType<bf16> = CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
 template <>

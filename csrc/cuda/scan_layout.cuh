@@ -12,6 +12,7 @@ constexpr int kScanTokens = 64;                   // of a block
 constexpr int kScanStages = 4;                    // blocks in shared memory
 constexpr int kScanBoxBytes = kScanTokens * 128;  // 64 tokens, or rows of a state, times 64 columns
 constexpr int kOutputGroups = 2;                  // warpgroups, which take turns with the blocks
+constexpr int kGateBoxes = 3;                     // of gates, in whose places gated outputs are made
 constexpr int kDecayWarps = 2;
 constexpr int kScanWarpgroup = 128;
 constexpr float kLog2E = 1.4426950408889634f;
@@ -28,11 +29,10 @@ struct ScanDecays {
 
 // What remains of an SsdScan beside tensor maps.
 struct ScanProblem {
-  const void *dt, *z;
+  const void* dt;
   const float *A, *D, *dt_bias, *initial_states;
-  float* final_states;
+  float *final_states, *squares;
   int64_t dt_batch, dt_time, dt_head;
-  int64_t z_batch, z_time, z_head;
   int64_t D_head, D_channel;
   float dt_min, dt_max;
   DType dt_dtype;
@@ -49,10 +49,12 @@ struct ScanPlace {
   static constexpr int kB = kScanBoxBytes;  // in a stage, after x
   static constexpr int kC = kB + kBoxes * kScanBoxBytes;
   static constexpr int kStageBytes = kC + kBoxes * kScanBoxBytes;
-  static constexpr int kBarriers = 2 * kScanStages + 2 * kOutputGroups;
+  static constexpr int kBarriers = 2 * kScanStages + (2 + kGateBoxes) * kOutputGroups + kGateBoxes;
   static constexpr int kPlainBytes = sizeof(ScanDecays) * kScanStages + sizeof(float) * kHeaddim + 8 * kBarriers;
-  static constexpr int kSharedBytes = 1024 + (kPlainBytes + 1023) / 1024 * 1024 + kScanStages * kStageBytes +
-                                      kOutputGroups * (kStateBytes + kScanBoxBytes);
+  static constexpr size_t shared_bytes(bool gated) {
+    return 1024 + (kPlainBytes + 1023) / 1024 * 1024 + kScanStages * kStageBytes + kOutputGroups * kStateBytes +
+           (gated ? kGateBoxes : kOutputGroups) * kScanBoxBytes;
+  }
 
   ScanDecays* decays;     // [stages]
   float* D;               // [64]
@@ -60,9 +62,11 @@ struct ScanPlace {
   SharedAddress empty;    // [stages]: and was read
   SharedAddress written;  // [output groups]: the state before a block is there
   SharedAddress read;     // [output groups]: and was read
+  SharedAddress gates;    // [output groups x gate boxes]: the gates of a block are there
+  SharedAddress left;     // [gate boxes]: the outputs in their places have left
   SharedAddress stages;   // x, B, C as boxes of 64 columns
   SharedAddress states;   // [output groups] of [64, N], in boxes of 64 columns
-  SharedAddress outputs;  // [output groups] of [tokens, 64]
+  SharedAddress outputs;  // [output groups, or gate boxes] of [tokens, 64]
   int row, head, group;
   int begin, end;  // of the blocks it makes outputs of; only the state passes those before
 
@@ -73,7 +77,9 @@ struct ScanPlace {
     empty = full + 8 * kScanStages;
     written = empty + 8 * kScanStages;
     read = written + 8 * kOutputGroups;
-    stages = (read + 8 * kOutputGroups + 1023) & ~1023u;
+    gates = read + 8 * kOutputGroups;
+    left = gates + 8 * kOutputGroups * kGateBoxes;
+    stages = (left + 8 * kGateBoxes + 1023) & ~1023u;
     states = stages + kScanStages * kStageBytes;
     outputs = states + kOutputGroups * kStateBytes;
     row = static_cast<int>(blockIdx.x) / p.H;
@@ -89,6 +95,11 @@ struct ScanPlace {
     if (lane == 0) barrier_arrive(empty + block % kScanStages * 8);
   }
   __device__ SharedAddress stage(int block) const { return stages + block % kScanStages * kStageBytes; }
+  // Where the gates of a block are, then its outputs. Each barrier is of one output group, which sees its every phase.
+  __device__ int gate_box(int block) const { return (block - begin) % kGateBoxes; }
+  __device__ SharedAddress gate_barrier(int block) const {
+    return gates + (block - begin) % (kOutputGroups * kGateBoxes) * 8;
+  }
   __device__ void wait_full(int block) const { barrier_wait(full + block % kScanStages * 8, block / kScanStages % 2); }
   // The place of a block may be written: at once the first time.
   __device__ void wait_empty(int block) const {

@@ -1,11 +1,19 @@
-// The warpgroups of the scan that make outputs: y = ((C B^T) * decay * dt) x + exp(total) * (C h) for their blocks.
+// The warpgroups of the scan that make outputs: y = ((C B^T) * decay * dt) x + exp(total) * (C h) for their blocks,
+// times silu(z) where gates are given.
 #pragma once
 
+#include "reduce.cuh"
 #include "scan_state.cuh"
 
 namespace bitkernels::cuda {
 
-template <typename T, int N>
+__device__ inline float silu(float v) {
+  float open;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(open) : "f"(1.0f + exp2_fast(-kLog2E * v)));
+  return v * open;
+}
+
+template <typename T, int N, bool kGated>
 __device__ void make_outputs(const ScanPlace<N>& at, const ScanProblem& p, const CUtensorMap& y_map, int group) {
   using Place = ScanPlace<N>;
   constexpr int kSteps = kScanTokens / 16;
@@ -14,22 +22,18 @@ __device__ void make_outputs(const ScanPlace<N>& at, const ScanProblem& p, const
   const int g = lane / 4, t = lane % 4;
   const int row = 16 * warp + g;  // and row + 8
   const SharedAddress state = at.states + group * Place::kStateBytes;
-  const SharedAddress out = at.outputs + group * kScanBoxBytes;
   const int tile_at = in_box(16 * warp + lane % 16, lane / 16);  // for loads and stores of four tiles at once
   const int begin = uniform(at.begin), end = uniform(at.end);
+  const auto box_of = [&](int b) { return kGated ? at.gate_box(b) : group; };
   // Every warp stores the outputs of its own tokens.
   const auto store = [&](int b) {
+    const SharedAddress out = at.outputs + box_of(b) * kScanBoxBytes;
     copy_engine_fence();
     __syncwarp();
     if (lane == 0) {
       store_tokens(&y_map, out + 16 * warp * 128, 0, at.head, b * kScanTokens + 16 * warp, at.row);
       commit_stores();
     }
-  };
-  // Gates are read where they are applied, from the L2 cache: there is no room for them in shared memory.
-  const auto gate_of = [&](int b, int row) {
-    const int token = min(b * kScanTokens + row, p.T - 1);
-    return static_cast<const T*>(p.z) + at.row * p.z_batch + token * p.z_time + at.head * p.z_head;
   };
 
   int b = group;
@@ -39,7 +43,6 @@ __device__ void make_outputs(const ScanPlace<N>& at, const ScanProblem& p, const
   }
   for (; b < end; b += kOutputGroups) {
     at.wait_full(b);
-    if (p.z && lane < 16) prefetch_to_l2(gate_of(b, 16 * warp + lane), kHeaddim * sizeof(T));
     const SharedAddress stage = at.stage(b);
     const ScanDecays& decays = at.decays[b % kScanStages];
     uint32_t c[N / 16][4];
@@ -117,25 +120,32 @@ __device__ void make_outputs(const ScanPlace<N>& at, const ScanProblem& p, const
         skipped[4 * i + 2 * j + 1] = D.y * v.y;
       }
     }
-    if (lane == 0) wait_for_stores_to_read();
+    const SharedAddress out = at.outputs + box_of(b) * kScanBoxBytes;
+    if (lane == 0) {
+      wait_for_stores_to_read();
+      if (kGated && b - kOutputGroups >= begin) barrier_arrive(at.left + box_of(b - kOutputGroups) * 8);
+    }
     wgmma_wait<0>();
     pin(y);
     pin(weights);
     at.release(b, lane);
 #pragma unroll
     for (int i = 0; i < kHeaddim / 2; ++i) y[i] += skipped[i];
-    if (p.z) {
-      // All at once: the branches of an exact division would keep every load waiting for the one before it.
-      uint32_t gates[kHeaddim / 4];
+    float squares[2] = {};  // of a token's outputs
+    if constexpr (kGated) {
+      barrier_wait(at.gate_barrier(b), (b - begin) / (kOutputGroups * kGateBoxes) % 2);
 #pragma unroll
-      for (int i = 0; i < kHeaddim / 4; ++i) {
-        gates[i] = *reinterpret_cast<const uint32_t*>(gate_of(b, row + i % 2 * 8) + i / 2 * 8 + 2 * t);
-      }
+      for (int i = 0; i < kHeaddim / 8; i += 2) {
+        uint32_t z[4];
+        load_matrices((out + tile_at) ^ i * 16, z);
 #pragma unroll
-      for (int i = 0; i < kHeaddim / 4; ++i) {
-        const float2 v = unpack_pair(T(), gates[i]);
-        y[2 * i] *= __fdividef(v.x, 1.0f + __expf(-v.x));
-        y[2 * i + 1] *= __fdividef(v.y, 1.0f + __expf(-v.y));
+        for (int j = 0; j < 4; ++j) {
+          const float2 v = unpack_pair(T(), z[j]);
+          float &first = y[4 * i + 2 * j], &second = y[4 * i + 2 * j + 1];
+          first *= silu(v.x);
+          second *= silu(v.y);
+          squares[j % 2] = fmaf(first, first, fmaf(second, second, squares[j % 2]));
+        }
       }
     }
 #pragma unroll
@@ -143,6 +153,14 @@ __device__ void make_outputs(const ScanPlace<N>& at, const ScanProblem& p, const
       store_matrices((out + tile_at) ^ i * 16, pack_pair(T(), y[4 * i], y[4 * i + 1]),
                      pack_pair(T(), y[4 * i + 2], y[4 * i + 3]), pack_pair(T(), y[4 * i + 4], y[4 * i + 5]),
                      pack_pair(T(), y[4 * i + 6], y[4 * i + 7]));
+    }
+    if (kGated && p.squares) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int token = b * kScanTokens + row + 8 * half;
+        const float sum = add_lanes(squares[half], 1, 4);
+        if (t == 0 && token < p.T) p.squares[(int64_t(at.row) * p.H + at.head) * p.T + token] = sum;
+      }
     }
   }
   if (b - kOutputGroups >= begin) store(b - kOutputGroups);

@@ -28,6 +28,18 @@ __device__ void produce_tiles(const ScanPlace<N>& at, const CUtensorMap& x, cons
   }
 }
 
+// Into the places of the outputs of three blocks before.
+template <int N>
+__device__ void produce_gates(const ScanPlace<N>& at, const CUtensorMap& z) {
+  for (int b = at.begin; b < at.end; ++b) {
+    const int box = at.gate_box(b);
+    const SharedAddress full = at.gate_barrier(b);
+    barrier_wait(at.left + box * 8, (b - at.begin) / kGateBoxes % 2 ^ 1);
+    barrier_arrive_expecting(full, kScanBoxBytes);
+    load_tokens(&z, at.outputs + box * kScanBoxBytes, full, 0, at.head, b * kScanTokens, at.row);
+  }
+}
+
 __device__ inline float soft_plus(float v) { return fmaxf(v, 0.0f) + log1pf(expf(-fabsf(v))); }
 
 __device__ inline float clamp_step(float v, float low, float high) {

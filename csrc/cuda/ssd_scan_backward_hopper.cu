@@ -166,6 +166,7 @@ SsdScan forward(const SsdScanBackward& s) {
           .initial_states = s.initial,
           .y = nullptr,
           .final_states = nullptr,
+          .squares = nullptr,
           .dtype = s.dtype,
           .dt_dtype = s.dt_dtype,
           .D_head = 1,
@@ -179,6 +180,7 @@ SsdScan forward(const SsdScanBackward& s) {
           .G = s.G,
           .N = s.N,
           .parts = 1,
+          .turns = 1,
           .states_cost = 0.0};
 }
 

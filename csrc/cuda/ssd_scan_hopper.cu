@@ -10,16 +10,17 @@
 
 namespace bitkernels::cuda {
 
-template <typename T, int N>
+template <typename T, int N, bool kGated>
 __global__ void __launch_bounds__(kScanThreads, 1)
     ssd_scan_kernel(const __grid_constant__ CUtensorMap x, const __grid_constant__ CUtensorMap B,
-                    const __grid_constant__ CUtensorMap C, const __grid_constant__ CUtensorMap y, ScanProblem p) {
+                    const __grid_constant__ CUtensorMap C, const __grid_constant__ CUtensorMap z,
+                    const __grid_constant__ CUtensorMap y, ScanProblem p) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   extern __shared__ uint4 shared[];
   const ScanPlace<N> at(shared, p);
   const int group = uniform(threadIdx.x / kScanWarpgroup);
   if (threadIdx.x == 0) {
-    for (const CUtensorMap* map : {&x, &B, &C, &y}) prefetch_map(map);
+    for (const CUtensorMap* map : {&x, &B, &C, &z, &y}) prefetch_map(map);
     for (int i = 0; i < kScanStages; ++i) {
       barrier_init(at.full + 8 * i, 2);
       barrier_init(at.empty + 8 * i, 8);
@@ -28,6 +29,8 @@ __global__ void __launch_bounds__(kScanThreads, 1)
       barrier_init(at.written + 8 * i, 4);
       barrier_init(at.read + 8 * i, 4);
     }
+    for (int i = 0; i < kOutputGroups * kGateBoxes; ++i) barrier_init(at.gates + 8 * i, 1);
+    for (int i = 0; i < kGateBoxes; ++i) barrier_init(at.left + 8 * i, 4);
     barrier_init_fence();
   }
   if (threadIdx.x < kHeaddim) {
@@ -42,19 +45,22 @@ __global__ void __launch_bounds__(kScanThreads, 1)
       produce_decays(at, p, warp, lane);
     } else if (warp == kDecayWarps && lane == 0) {
       produce_tiles(at, x, B, C);
+    } else if (kGated && lane == 0) {
+      produce_gates(at, z);
     }
   } else if (group == 1) {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 152;");
     lead_state<T, N>(at, p);
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 168;");
-    make_outputs<T, N>(at, p, y, group - 2);
+    make_outputs<T, N, kGated>(at, p, y, group - 2);
   }
 #endif
 }
 
 // Every part has 1 - states_cost times the blocks of the part before: all take equally long, as
-// states_cost * begin + (end - begin) then is the same for all.
+// states_cost * begin + (end - begin) then is the same for all. With `turns`, the second of two parts is of such a
+// length that so many, one after the other on a processor that has no first part, take as long as a first part.
 void divide(const SsdScan& s, ScanProblem& p) {
   if (!s.y) {
     p.begins[0] = p.begins[1] = p.blocks;
@@ -64,11 +70,16 @@ void divide(const SsdScan& s, ScanProblem& p) {
     throw std::invalid_argument("ssd_scan_hopper: parts must be 1 to 4 and no more than the " +
                                 std::to_string(p.blocks) + " blocks of 64 tokens, got " + std::to_string(s.parts));
   }
+  if (s.turns < 1 || (s.turns > 1 && s.parts != 2)) {
+    throw std::invalid_argument("ssd_scan_hopper: turns must be 1, or more with two parts, got " +
+                                std::to_string(s.turns));
+  }
   double share = 1.0, total = 0.0;
-  for (int i = 0; i < s.parts; ++i, share *= 1.0 - s.states_cost) total += share;
+  const double ratio = 1.0 / s.turns - s.states_cost;
+  for (int i = 0; i < s.parts; ++i, share *= ratio) total += share;
   double begin = 0.0;
   share = p.blocks / total;
-  for (int i = 0; i < s.parts; ++i, share *= 1.0 - s.states_cost) {
+  for (int i = 0; i < s.parts; ++i, share *= ratio) {
     p.begins[i] = std::clamp(static_cast<int>(std::lround(begin)), i > 0 ? p.begins[i - 1] + 1 : 0,
                              p.blocks - static_cast<int>(s.parts) + i);
     begin += share;
@@ -83,18 +94,15 @@ void run_scan(const SsdScan& s, cudaStream_t stream) {
   };
   const ScanTensor y = s.y ? ScanTensor{s.y, s.T * s.H * kHeaddim, s.H * kHeaddim, kHeaddim} : s.x;
   ScanProblem p{.dt = s.dt.data,
-                .z = s.z.data,
                 .A = s.A,
                 .D = s.D,
                 .dt_bias = s.dt_bias,
                 .initial_states = s.initial_states,
                 .final_states = s.final_states,
+                .squares = s.squares,
                 .dt_batch = s.dt.batch,
                 .dt_time = s.dt.time,
                 .dt_head = s.dt.head,
-                .z_batch = s.z.batch,
-                .z_time = s.z.time,
-                .z_head = s.z.head,
                 .D_head = s.D_head,
                 .D_channel = s.D_channel,
                 .dt_min = s.dt_min,
@@ -106,10 +114,12 @@ void run_scan(const SsdScan& s, cudaStream_t stream) {
                 .heads_per_group = static_cast<int>(s.H / s.G),
                 .blocks = static_cast<int>(ceil_div(s.T, kScanTokens))};
   divide(s, p);
+  const bool gated = s.z.data;
   const Grid grid{.blocks = dim3(static_cast<unsigned>(s.batch * s.H), static_cast<unsigned>(s.parts)),
                   .threads = kScanThreads,
-                  .shared_bytes = ScanPlace<N>::kSharedBytes};
-  launch(ssd_scan_kernel<T, N>, grid, stream, map(s.x, s.H, kHeaddim), map(s.B, s.G, N), map(s.C, s.G, N),
+                  .shared_bytes = ScanPlace<N>::shared_bytes(gated)};
+  launch(gated ? ssd_scan_kernel<T, N, true> : ssd_scan_kernel<T, N, false>, grid, stream, map(s.x, s.H, kHeaddim),
+         map(s.B, s.G, N), map(s.C, s.G, N), map(gated ? s.z : s.x, s.H, kHeaddim),
          map(y, s.H, kHeaddim, kScanTokens / 4), p);
 }
 

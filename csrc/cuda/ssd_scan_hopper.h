@@ -25,16 +25,18 @@ struct SsdScan {
   const float* initial_states;  // [B, H, 64, N] or null
   void* y;                      // [B, T, H, 64] dtype, or null: the final states alone
   float* final_states;          // [B, H, 64, N] or null
+  float* squares;               // [B, H, T] or null: the sum over a head of the squares of y, before it is rounded
   DType dtype, dt_dtype;
   int64_t D_head, D_channel;
   bool dt_softplus;
   float dt_min, dt_max;
   int64_t batch, T, H, G, N;
   int64_t parts;       // of a sequence, each made by a thread block
+  int64_t turns;       // sequences whose later parts a thread block makes
   double states_cost;  // of 64 tokens that only the state passes, in such with outputs
 };
-// x, B, C, z, initial_states and y lie on 16-byte boundaries, and so do the strides of the first four, which are not
-// zero; dtype is 16 bits wide, N 64 or 128, T at least 1, and every part has a block of 64 tokens.
+// squares wants a gate; x, B, C, z, initial_states and y lie on 16-byte boundaries, and so do the strides of the first
+// four, which are not zero; dtype is 16 bits wide, N 64 or 128, T at least 1, and every part has a block of 64 tokens.
 void ssd_scan_hopper(const SsdScan&, Executor);
 
 }  // namespace bitkernels::cuda

@@ -1,4 +1,4 @@
-// More than a few tokens, on Hopper: a block makes 64 or 128 rows of the weights times 16 to 256 tokens.
+// More than a few tokens, on Hopper: a block makes 64, 128 or 192 rows of the weights times 16 to 256 tokens.
 //
 // Weights are the register operand of wgmma, decoded on the way; activations are the other operand, untouched:
 // the copy engine brings them from the caller's tensor into swizzled shared memory. So nothing is prepared. One
@@ -32,7 +32,74 @@ struct Turn {
 
 __device__ inline float finish_row(const RowScalars& r, float sum) { return fmaf(sum, r.scale, r.bias); }
 
-// kCluster: the blocks of a cluster make a tile. Blocks that are alone carry no code for it.
+// Of a tile that is added to a residual in float32, a warpgroup's 64 columns pass through shared memory in parts, in
+// boxes of 32 columns. The first parts of the residual come there while products run, and the sums leave as ordinary
+// stores; the others are added by the copy engine, which is slower but has the time of the next tile for it. No element
+// is in two tiles.
+template <class Tile>
+__device__ SharedAddress added_box(SharedAddress out, int part, int box) {
+  return out + (part % Tile::kAddedHalves * 2 + box) * Tile::kAddedBytes;
+}
+
+template <class Tile>
+__device__ void fetch_residual(const CUtensorMap& residual, SharedAddress out, int first_row, int first_token,
+                               SharedAddress landed) {
+  wait_for_stores_to_read();
+  barrier_arrive_expecting(landed, Tile::kAddedHalves * 2 * Tile::kAddedBytes);
+#pragma unroll
+  for (int part = 0; part < Tile::kAddedHalves; ++part) {
+#pragma unroll
+    for (int box = 0; box < 2; ++box) {
+      load_box(&residual, added_box<Tile>(out, part, box), landed, first_row + 32 * box,
+               first_token + part * Tile::kAddedTokens);
+    }
+  }
+}
+
+template <class Tile, typename Finish>
+__device__ void add_sums(const CUtensorMap& residual, SharedAddress out, int first_row, int first_token, int barrier,
+                         int thread, Finish&& finish) {
+  const int lane = thread % 32, warp = thread / 32;
+  const int g = lane / 4, t = lane % 4;
+  // A lane has columns g and g + 8 of its warp's sixteen, of tokens 2t and 2t + 1 of every eight.
+  SharedAddress places[4];
+#pragma unroll
+  for (int c = 0; c < 4; ++c) {
+    const int column = warp % 2 * 16 + c / 2 * 8 + g, token = 2 * t + c % 2;
+    places[c] = added_box<Tile>(out, 0, warp / 2) + token * kBoxBytes + (column / 4 ^ token) * 16 + column % 4 * 4;
+  }
+#pragma unroll
+  for (int part = 0; part < 2 * Tile::kAddedHalves; ++part) {
+    const bool fetched = part < Tile::kAddedHalves;
+    const int half = part % Tile::kAddedHalves * 2 * Tile::kAddedBytes;
+    if (!fetched && thread == 0) wait_for_stores_to_read<Tile::kAddedHalves - 1>();
+    named_barrier(barrier, kWarpgroup);
+#pragma unroll
+    for (int i = 0; i < Tile::kAddedTokens / 8; ++i) {
+      float y[4];
+      finish(part * (Tile::kAddedTokens / 8) + i, y);
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+        const SharedAddress to = places[c] + half + i * 8 * kBoxBytes;
+        store_float(to, fetched ? load_float(to) + y[c] : y[c]);
+      }
+    }
+    copy_engine_fence();
+    named_barrier(barrier, kWarpgroup);
+    if (thread == 0) {
+#pragma unroll
+      for (int box = 0; box < 2; ++box) {
+        const int row = first_row + 32 * box, token = first_token + part * Tile::kAddedTokens;
+        fetched ? store_box(&residual, added_box<Tile>(out, part, box), row, token)
+                : add_box(&residual, added_box<Tile>(out, part, box), row, token);
+      }
+      commit_stores();
+    }
+  }
+}
+
+// kCluster: the blocks of a cluster make a tile. Blocks that are alone carry no code for it. Out: of y, or float, and
+// then sums times their tokens' scales are added to a residual.
 template <class F, ScalesOf kScales, class Tile, typename Out, bool kCluster>
 __device__ void consume(const CUtensorMap& output, const WarpgroupProblem& p, SharedAddress stages, int slots,
                         SharedAddress out, SharedAddress tokens, SharedAddress parts, SharedAddress scales,
@@ -42,6 +109,8 @@ __device__ void consume(const CUtensorMap& output, const WarpgroupProblem& p, Sh
   using Accumulator = typename F::Accumulator;
   constexpr bool kColumnScales = kScales == ScalesOf::kColumns;
   constexpr bool kInteger = std::is_same_v<Accumulator, int>;
+  constexpr bool kAdds = std::is_same_v<Out, float>;
+  constexpr bool kTokenScales = kInteger || kAdds;
   constexpr int kTokensOfThread = (Tile::kTokens + kWarpgroup - 1) / kWarpgroup;
   const int row_group = Tile::kRowGroups == 1 ? 0 : Tile::kSplit == 1 ? group : group % Tile::kRowGroups;
   const int split = Tile::kSplit == 1 ? 0 : group / Tile::kRowGroups;
@@ -53,7 +122,7 @@ __device__ void consume(const CUtensorMap& output, const WarpgroupProblem& p, Sh
   const F operand(t);
   const int all_stages = static_cast<int>(ceil_div(p.K, Layout::kDepth));
   constexpr bool kCuts = Tile::kCuts && !kCluster;
-  WarpgroupWork<kCuts> work(p, all_stages, rank, blocks, cluster, clusters);
+  WarpgroupWork<kCuts, kAdds> work(p, all_stages, rank, blocks, cluster, clusters);
   bool more = work.next();
   // All blocks run at once, so the next kernel takes nothing from them.
   wait_for_previous_kernel();
@@ -65,12 +134,13 @@ __device__ void consume(const CUtensorMap& output, const WarpgroupProblem& p, Sh
     named_barrier(1, kConsumerThreads);
   }
 
-  // What a step consumes besides activations. Words are fetched for all steps of a box.
+  // What the next steps consume besides activations. Words are fetched for all steps of a box.
   constexpr int kStepsOfBox = kBoxBytes / kStepBytes;
   constexpr int kWordsOfBox = F::kWords * kStepsOfBox;
-  struct Step {
+  constexpr int kTogether = Layout::kTogether;
+  struct Steps {
     uint32_t upper[kStepsOfBox][F::kWords], lower[kStepsOfBox][F::kWords];
-    uint32_t columns[kColumnScales ? 2 : 1][4];
+    uint32_t columns[kTogether][kColumnScales ? 2 : 1][4];
   };
   const SharedAddress my_words =
       Tile::kActivationBytes +
@@ -84,16 +154,19 @@ __device__ void consume(const CUtensorMap& output, const WarpgroupProblem& p, Sh
       load_words(from + 4 * i, reinterpret_cast<uint32_t (&)[kVector]>(words[i / F::kWords][i % F::kWords]));
     }
   };
-  const auto fetch = [&](SharedAddress stage, SharedAddress my_scales, int i, Step& step) {
-    const int at = i / kStepsOfBox * Tile::kSplit * kStepsOfBox + i % kStepsOfBox;
-    if (i % kStepsOfBox == 0) {
-      const SharedAddress words = my_words + stage + at * F::kWords * 4;
-      fetch_box(words, step.upper);
-      fetch_box(words + 8 * Layout::kWordsOfRow * 4, step.lower);
-    }
-    if constexpr (kColumnScales) {
-      load_words(my_scales + at * kScaleStep, step.columns[0]);
-      load_words(my_scales + at * kScaleStep + kScaleStep / 2, step.columns[1]);
+  const auto fetch = [&](SharedAddress stage, SharedAddress my_scales, int first, Steps& next) {
+#pragma unroll
+    for (int i = first; i < first + kTogether; ++i) {
+      const int at = i / kStepsOfBox * Tile::kSplit * kStepsOfBox + i % kStepsOfBox;
+      if (i % kStepsOfBox == 0) {
+        const SharedAddress words = my_words + stage + at * F::kWords * 4;
+        fetch_box(words, next.upper);
+        fetch_box(words + 8 * Layout::kWordsOfRow * 4, next.lower);
+      }
+      if constexpr (kColumnScales) {
+        load_words(my_scales + at * kScaleStep, next.columns[i - first][0]);
+        load_words(my_scales + at * kScaleStep + kScaleStep / 2, next.columns[i - first][1]);
+      }
     }
   };
 
@@ -101,6 +174,7 @@ __device__ void consume(const CUtensorMap& output, const WarpgroupProblem& p, Sh
 
   int slot = 0;
   int parity = 0;
+  [[maybe_unused]] int residual_parity = 0;
   SharedAddress stage = stages;
   const auto advance = [&] {
     stage += Layout::kStageBytes;
@@ -131,7 +205,7 @@ __device__ void consume(const CUtensorMap& output, const WarpgroupProblem& p, Sh
     }
 
     [[maybe_unused]] Int8Token of_tokens[kTokensOfThread];
-    if constexpr (kInteger) {
+    if constexpr (kTokenScales) {
 #pragma unroll
       for (int j = 0; j < kTokensOfThread; ++j) {
         of_tokens[j] = p.tokens[min(int64_t(token + j * kWarpgroup + thread), p.M - 1)];
@@ -139,11 +213,11 @@ __device__ void consume(const CUtensorMap& output, const WarpgroupProblem& p, Sh
     }
 
     Accumulator sums[Tile::kTokens / 2];
-    uint32_t a[2][2][4];
-    Step step;
+    uint32_t a[2][kTogether][2][4];
+    Steps next;
     if (count > 0) {
       barrier_wait(full + 8 * slot, parity);
-      fetch(stage, my_scales, 0, step);
+      fetch(stage, my_scales, 0, next);
     }
     for (int s = 0; s < count; ++s) {
       const SharedAddress now = stage;
@@ -151,37 +225,54 @@ __device__ void consume(const CUtensorMap& output, const WarpgroupProblem& p, Sh
       const int last_slot = slot == 0 ? slots - 1 : slot - 1;
       advance();
 #pragma unroll
-      for (int i = 0; i < Layout::kSteps; ++i) {
-        uint32_t (&operands)[2][4] = a[i % 2];
-        const uint32_t (&upper)[F::kWords] = step.upper[i % kStepsOfBox];
-        const uint32_t (&lower)[F::kWords] = step.lower[i % kStepsOfBox];
-        if constexpr (kColumnScales) {
-          const auto of_column = [&](int i, int) {
-            return Values{step.columns[i / 2][i % 2 * 2], step.columns[i / 2][i % 2 * 2 + 1]};
-          };
-          operand.decode(upper, lower, of_column, operands);
-        } else if constexpr (kScales == ScalesOf::kRows) {
-          operand.decode(upper, lower, [&](int, int h) { return rows[h]; }, operands);
-        } else {
-          operand.decode(upper, lower, operands);
+      for (int first = 0; first < Layout::kSteps; first += kTogether) {
+        uint32_t (&operands)[kTogether][2][4] = a[first / kTogether % 2];
+#pragma unroll
+        for (int i = 0; i < kTogether; ++i) {
+          const uint32_t (&upper)[F::kWords] = next.upper[(first + i) % kStepsOfBox];
+          const uint32_t (&lower)[F::kWords] = next.lower[(first + i) % kStepsOfBox];
+          if constexpr (kColumnScales) {
+            const auto of_column = [&](int k, int) {
+              return Values{next.columns[i][k / 2][k % 2 * 2], next.columns[i][k / 2][k % 2 * 2 + 1]};
+            };
+            operand.decode(upper, lower, of_column, operands[i]);
+          } else if constexpr (kScales == ScalesOf::kRows) {
+            operand.decode(upper, lower, [&](int, int h) { return rows[h]; }, operands[i]);
+          } else {
+            operand.decode(upper, lower, operands[i]);
+          }
         }
-        const int at = i / kStepsOfBox * Tile::kSplit * Tile::kBoxSize + i % kStepsOfBox * kStepBytes;
-        const uint64_t b = in_stage + at / 16;
+        const auto fetch_next = [&] {
+          if (first + kTogether < Layout::kSteps) {
+            fetch(now, my_scales, first + kTogether, next);
+          } else if (s + 1 < count) {
+            barrier_wait(full + 8 * slot, parity);
+            my_scales += kScaleStage;
+            fetch(stage, my_scales, 0, next);
+          }
+        };
+        // Before several products, because a warp stands still at each until the tensor cores take it.
+        if constexpr (kTogether > 1) fetch_next();
         wgmma_fence();
-        wgmma(typename F::T(), sums, operands[0], b, s > 0 || i > 0);
-        wgmma(typename F::T(), sums, operands[1], b + kStepBytes / 2 / 16, 1);
-        wgmma_commit();
-        // While these run, the next step's words.
-        if (i + 1 < Layout::kSteps) {
-          fetch(now, my_scales, i + 1, step);
-        } else if (s + 1 < count) {
-          barrier_wait(full + 8 * slot, parity);
-          my_scales += kScaleStage;
-          fetch(stage, my_scales, 0, step);
+#pragma unroll
+        for (int i = 0; i < kTogether; ++i) {
+          const int step = first + i;
+          const int at = step / kStepsOfBox * Tile::kSplit * Tile::kBoxSize + step % kStepsOfBox * kStepBytes;
+          const uint64_t b = in_stage + at / 16;
+          wgmma(typename F::T(), sums, operands[i][0], b, s > 0 || step > 0);
+          wgmma(typename F::T(), sums, operands[i][1], b + kStepBytes / 2 / 16, 1);
         }
-        // The step before has ended: its registers may be written, and its stage, if it was another, is free.
+        wgmma_commit();
+        if constexpr (kTogether == 1) fetch_next();
+        // The products before have ended: their registers may be written, and their stage, if it was another, is free.
         wgmma_wait<1>();
-        if (i == 0 && s > 0 && thread == 0) barrier_arrive(empty + 8 * last_slot);
+        if (first == 0 && s > 0 && thread == 0) barrier_arrive(empty + 8 * last_slot);
+      }
+      if constexpr (kAdds) {
+        if (s == count / 2 && thread == 0 && !work.leaves()) {
+          fetch_residual<Tile>(output, out + row_group * Tile::kBoxSize, static_cast<int>(first_row), token,
+                               received + 8 * group);
+        }
       }
     }
     wgmma_wait<0>();
@@ -288,7 +379,7 @@ __device__ void consume(const CUtensorMap& output, const WarpgroupProblem& p, Sh
     const bool whole = all == 1;
     const SharedAddress box = out + row_group * Tile::kBoxSize;
     const SharedAddress my_tokens = tokens + group * Tile::kTokens * int(sizeof(Int8Token));
-    if constexpr (kInteger) {
+    if constexpr (kTokenScales) {
 #pragma unroll
       for (int j = 0; j < kTokensOfThread; ++j) {
         const int i = j * kWarpgroup + thread;
@@ -297,53 +388,67 @@ __device__ void consume(const CUtensorMap& output, const WarpgroupProblem& p, Sh
         }
       }
     }
-    if (thread == 0) wait_for_stores_to_read();
-    named_barrier(barrier, kWarpgroup);
-    const SharedAddress to = box + lane % 8 * kBoxBytes + ((2 * warp + lane / 8 % 2) ^ (lane % 8)) * 16;
-    Turn turn;
-#pragma unroll
-    for (int i = 0; i < Tile::kBlocksOfEight; ++i, turn.next(all)) {
-      if (turn.owner != part) continue;
-      float y[4];
-      if constexpr (kInteger) {
-        uint32_t pair[4];  // sum and scale of two tokens
+    if constexpr (kAdds) {
+      static_assert(Tile::kSplit == 1 && !kCluster && Tile::kAddedTokens % 8 == 0);
+      barrier_wait(received + 8 * group, residual_parity);
+      residual_parity ^= 1;
+      add_sums<Tile>(output, box, static_cast<int>(first_row), token, barrier, thread, [&](int i, float (&y)[4]) {
+        uint32_t pair[4];  // of two tokens
         load_words(my_tokens + (8 * i + 2 * t) * int(sizeof(Int8Token)), pair);
 #pragma unroll
         for (int c = 0; c < 4; ++c) {
-          const int sum = sums[4 * i + c] - static_cast<int>(pair[c % 2 * 2]);
-          y[c] = __fadd_rn(__fmul_rn(__int2float_rn(sum), __uint_as_float(pair[c % 2 * 2 + 1])), scalars[c / 2].bias);
+          y[c] = finish_row(scalars[c / 2], sums[4 * i + c] * __uint_as_float(pair[c % 2 * 2 + 1]));
+        }
+      });
+    } else {
+      if (thread == 0) wait_for_stores_to_read();
+      named_barrier(barrier, kWarpgroup);
+      const SharedAddress to = box + lane % 8 * kBoxBytes + ((2 * warp + lane / 8 % 2) ^ (lane % 8)) * 16;
+      Turn turn;
+#pragma unroll
+      for (int i = 0; i < Tile::kBlocksOfEight; ++i, turn.next(all)) {
+        if (turn.owner != part) continue;
+        float y[4];
+        if constexpr (kInteger) {
+          uint32_t pair[4];  // sum and scale of two tokens
+          load_words(my_tokens + (8 * i + 2 * t) * int(sizeof(Int8Token)), pair);
+#pragma unroll
+          for (int c = 0; c < 4; ++c) {
+            const int sum = sums[4 * i + c] - static_cast<int>(pair[c % 2 * 2]);
+            y[c] = __fadd_rn(__fmul_rn(__int2float_rn(sum), __uint_as_float(pair[c % 2 * 2 + 1])), scalars[c / 2].bias);
+          }
+        } else {
+#pragma unroll
+          for (int c = 0; c < 4; ++c) y[c] = finish_row(scalars[c / 2], sums[4 * i + c]);
+        }
+        store_transposed(to + i * 8 * kBoxBytes, pack_pair(Out(), y[0], y[1]), pack_pair(Out(), y[2], y[3]));
+      }
+      copy_engine_fence();
+      named_barrier(barrier, kWarpgroup);
+      if (p.boxed_output) {
+        if (thread == 0) {
+          if (whole) {
+            store_box(&output, box, static_cast<int>(first_row), token);
+          } else {
+            for (int i = part; i < Tile::kBlocksOfEight; i += all) {
+              store_box(&output, box + i * 8 * kBoxBytes, static_cast<int>(first_row), token + 8 * i);
+            }
+          }
+          commit_stores();
         }
       } else {
+        for (int j = warp; j < Tile::kTokens; j += 4) {
+          const int64_t m = token + j;
+          if (j / 8 % all != part || m >= p.M) continue;
 #pragma unroll
-        for (int c = 0; c < 4; ++c) y[c] = finish_row(scalars[c / 2], sums[4 * i + c]);
-      }
-      store_transposed(to + i * 8 * kBoxBytes, pack_pair(Out(), y[0], y[1]), pack_pair(Out(), y[2], y[3]));
-    }
-    copy_engine_fence();
-    named_barrier(barrier, kWarpgroup);
-    if (p.boxed_output) {
-      if (thread == 0) {
-        if (whole) {
-          store_box(&output, box, static_cast<int>(first_row), token);
-        } else {
-          for (int i = part; i < Tile::kBlocksOfEight; i += all) {
-            store_box(&output, box + i * 8 * kBoxBytes, static_cast<int>(first_row), token + 8 * i);
+          for (int h = 0; h < 2; ++h) {
+            const int column = 32 * h + lane;
+            if (first_row + column >= p.rows) continue;
+            uint16_t v;
+            const SharedAddress from = box + j * kBoxBytes + (column / 8 ^ j % 8) * 16 + column % 8 * 2;
+            asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(from) : "memory");
+            static_cast<uint16_t*>(p.y)[m * p.rows + first_row + column] = v;
           }
-        }
-        commit_stores();
-      }
-    } else {
-      for (int j = warp; j < Tile::kTokens; j += 4) {
-        const int64_t m = token + j;
-        if (j / 8 % all != part || m >= p.M) continue;
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          const int column = 32 * h + lane;
-          if (first_row + column >= p.rows) continue;
-          uint16_t v;
-          const SharedAddress from = box + j * kBoxBytes + (column / 8 ^ j % 8) * 16 + column % 8 * 2;
-          asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(from) : "memory");
-          static_cast<uint16_t*>(p.y)[m * p.rows + first_row + column] = v;
         }
       }
     }
@@ -382,8 +487,9 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
   __syncthreads();
   if (group == Tile::kConsumers) {
     if constexpr (Tile::kUnequalRegisters) asm volatile("setmaxnreg.dec.sync.aligned.u32 72;");
-    produce<F, kScales, Tile, kCluster>(activations, p, stages, layout.stages, full, empty, rank, blocks, cluster,
-                                        clusters);
+    constexpr bool kAdds = std::is_same_v<Out, float>;
+    produce<F, kScales, Tile, kCluster, kAdds>(activations, output, p, stages, layout.stages, full, empty, rank, blocks,
+                                               cluster, clusters);
   } else {
     if constexpr (Tile::kUnequalRegisters) asm volatile("setmaxnreg.inc.sync.aligned.u32 216;");
     consume<F, kScales, Tile, Out, kCluster>(
@@ -396,15 +502,19 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
 template <class F, ScalesOf kScales, class Tile, typename Out>
 void run_warpgroup(const void* x, int64_t pitch, WarpgroupProblem p, int blocks, const Cut& cut, void* workspace,
                    cudaStream_t stream) {
-  const auto layout = warpgroup_layout<F, Tile>(kScales, p.K, blocks);
+  constexpr bool kAdds = std::is_same_v<Out, float>;
+  const auto layout = warpgroup_layout<F, Tile>(kScales, p.K, blocks, kAdds);
   p.x = x;
   p.x_bytes = std::is_same_v<typename F::T, int8_t> ? 0 : p.M * pitch * int64_t(sizeof(typename F::T));
   p.row_tiles = static_cast<int>(ceil_div(p.rows, Tile::kRows));
   p.tiles = static_cast<int>(p.row_tiles * ceil_div(p.M, Tile::kTokens));
-  p.boxed_output = p.rows % 8 == 0 && aligned(p.y, 16);
+  p.boxed_output = p.rows % (16 / sizeof(Out)) == 0 && aligned(p.y, 16);
   const CUtensorMap activations = matrix_map<typename F::T>(x, p.M, pitch, Tile::kTokens);
-  const CUtensorMap output =
-      p.boxed_output ? matrix_map<Out>(p.y, p.M, p.rows, blocks * Tile::kSplit == 1 ? Tile::kTokens : 8) : activations;
+  const CUtensorMap output = p.boxed_output ? matrix_map<Out>(p.y, p.M, p.rows,
+                                                              kAdds                        ? Tile::kAddedTokens
+                                                              : blocks * Tile::kSplit == 1 ? Tile::kTokens
+                                                                                           : 8)
+                                            : activations;
   // A cluster makes one tile, a block alone as many as it takes.
   const int processors = device_attribute(cudaDevAttrMultiProcessorCount);
   const int wanted = cut.tiles    ? processors

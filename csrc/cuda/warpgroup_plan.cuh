@@ -7,19 +7,28 @@
 
 namespace bitkernels::cuda {
 
-// The float formats have 216 tokens in place of the integer ones' 208, which wgmma wants to be a multiple of 16.
-template <typename T>
-using Tiles =
+// wgmma wants the integer formats' tokens to be a multiple of 16. Their tiles of 192 rows would have sums, words and
+// tokens in more registers than there are.
+using Int8Tiles =
     std::tuple<WarpgroupTile<16, 1, 2, 4, 6, 2>, WarpgroupTile<32, 1, 2, 4, 4, 2>, WarpgroupTile<64, 1, 2, 4, 3, 1>,
                WarpgroupTile<64, 2, 1, 2, 6, 1>, WarpgroupTile<96, 2, 1, 2, 5, 1>, WarpgroupTile<128, 2, 1, 2, 4, 1>,
-               WarpgroupTile<176, 2, 1, 1, 5, 1>, WarpgroupTile<std::is_same_v<T, int8_t> ? 208 : 216, 2, 1, 1, 5, 1>,
-               WarpgroupTile<256, 2, 1, 1, 4, 1>>;
-constexpr int kTiles = 9;
+               WarpgroupTile<176, 2, 1, 1, 5, 1>, WarpgroupTile<208, 2, 1, 1, 5, 1>, WarpgroupTile<256, 2, 1, 1, 4, 1>>;
+using FloatTiles =
+    std::tuple<WarpgroupTile<16, 1, 2, 4, 6, 2>, WarpgroupTile<32, 1, 2, 4, 4, 2>, WarpgroupTile<64, 1, 2, 4, 3, 1>,
+               WarpgroupTile<64, 2, 1, 2, 6, 1>, WarpgroupTile<96, 2, 1, 2, 5, 1>, WarpgroupTile<128, 2, 1, 2, 4, 1>,
+               WarpgroupTile<176, 2, 1, 2, 4, 1>, WarpgroupTile<216, 2, 1, 1, 5, 1>, WarpgroupTile<256, 2, 1, 1, 4, 1>,
+               WarpgroupTile<128, 3, 1, 2, 4, 1>>;
+template <typename T>
+using Tiles = std::conditional_t<std::is_same_v<T, int8_t>, Int8Tiles, FloatTiles>;
+template <typename T>
+constexpr int kTiles = std::tuple_size_v<Tiles<T>>;
+constexpr int kWidestFloatTile = 8;
+static_assert(std::tuple_element_t<kWidestFloatTile, FloatTiles>::kTokens == 256);
 
 // Calls f with the chosen tile.
 template <typename T, int tile = 0, typename Function>
 auto with_tile(int chosen, Function&& f) {
-  if constexpr (tile + 1 < kTiles) {
+  if constexpr (tile + 1 < kTiles<T>) {
     if (chosen != tile) return with_tile<T, tile + 1>(chosen, f);
   }
   return f(std::tuple_element_t<tile, Tiles<T>>());
@@ -38,10 +47,13 @@ struct Plan {
 struct TileCost {
   int step, rest;
 };
-constexpr TileCost kTileCosts[kTiles] = {{95, 3100},  {105, 3100}, {110, 2800}, {214, 1400}, {274, 700},
-                                         {311, 1000}, {445, 700},  {490, 1500}, {570, 2000}};
-constexpr TileCost kInt8TileCosts[kTiles] = {{150, 3100}, {160, 3100}, {170, 2800}, {300, 1400}, {305, 1000},
-                                             {310, 1000}, {425, 1000}, {462, 1000}, {524, 2600}};
+constexpr TileCost kFloatTileCosts[kTiles<bf16>] = {{95, 3100},  {105, 3100}, {110, 2800}, {214, 1400}, {259, 800},
+                                                    {291, 2300}, {396, 2900}, {495, 2500}, {537, 5700}, {430, 3000}};
+constexpr TileCost kInt8TileCosts[kTiles<int8_t>] = {{150, 3100}, {160, 3100}, {170, 2800}, {300, 1400}, {305, 1000},
+                                                     {310, 1000}, {425, 1000}, {462, 1000}, {524, 2600}};
+// With so few boxes of a token in all stages, a step of the float formats costs a tenth more: the copy engine does not
+// keep ahead.
+constexpr int kFewBoxes = 3;
 constexpr int kStartCost = 1400;  // of a block, until its first products
 // Of a cluster, for each of its blocks, and of its sums.
 constexpr int kClusterCost = 300;
@@ -94,22 +106,27 @@ PricedCut price_cut(int64_t tiles, int64_t stages, int64_t processors, int64_t s
           own * stage + rest + kAdded + (helpers - 1) * kMoved};
 }
 
-// The plan of least cost: rounds of tiles over the processors, times what a tile costs.
+// The plan of least cost: rounds of tiles over the processors, times what a tile costs. Of the tiles [first, end).
 template <class F>
-Plan plan_tiles(ScalesOf scales, int64_t M, int64_t N, int64_t K, int processors) {
+Plan plan_tiles(ScalesOf scales, int64_t M, int64_t N, int64_t K, int processors, int first = 0,
+                int end = kTiles<typename F::T>) {
   using T = typename F::T;
   const int64_t steps = ceil_div(K * sizeof(T), kStepBytes);
-  Plan best{0, 1, {}, INT64_MAX};
-  for (int i = 0; i < kTiles; ++i) {
+  Plan best{first, 1, {}, INT64_MAX};
+  for (int i = first; i < end; ++i) {
     with_tile<T>(i, [&](auto tile) {
       using Tile = decltype(tile);
       using Layout = WarpgroupLayout<F, Tile>;
-      const auto [step, rest] = (std::is_same_v<T, int8_t> ? kInt8TileCosts : kTileCosts)[i];
+      constexpr bool kInteger = std::is_same_v<T, int8_t>;
+      const auto [fed_step, rest] = kInteger ? kInt8TileCosts[i] : kFloatTileCosts[i];
       const int64_t tiles = ceil_div(N, Tile::kRows) * ceil_div(M, Tile::kTokens);
       for (int blocks = 1; blocks <= (Tile::kSplits ? kMostCluster : 1); ++blocks) {
         // Clusters pay where processors would idle; a second round of them costs a second start.
         if (blocks > 1 && tiles > most_clusters(processors, blocks)) break;
-        if (warpgroup_layout<F, Tile>(scales, K, blocks).stages < kLeastStages) continue;
+        const int stages = warpgroup_layout<F, Tile>(scales, K, blocks).stages;
+        if (stages < kLeastStages) continue;
+        const bool fed = kInteger || stages * Tile::kBoxes > kFewBoxes;
+        const int step = fed ? fed_step : fed_step + fed_step / 10;
         const int64_t whole = ceil_div(steps, blocks) * step + rest;
         const int64_t exchange = blocks > 1 ? kClusterCost * blocks + Tile::kPartialBytes / kSentBytesPerCycle : 0;
         const int64_t cycles = kStartCost + ceil_div(tiles, processors) * whole + exchange;

@@ -18,7 +18,8 @@ constexpr int kMostCluster = 5;
 
 enum class ScalesOf { kColumns, kRows, kNothing };
 
-// Of a token that was quantised: the sum of its integers, and the weights' scale over its own.
+// Of a token that was quantised: the sum of its integers, and the weights' scale over its own. Of one whose products
+// are added to a residual: its scale alone.
 struct alignas(8) Int8Token {
   int sum;
   float scale;
@@ -41,8 +42,8 @@ struct WarpgroupProblem {
   const float* alpha;  // of columns or rows, by stride; ternary: [1]
   const float* beta;
   const float* bias;        // [rows] or null
-  const Int8Token* tokens;  // int8 activations only
-  void* y;                  // [M, rows]
+  const Int8Token* tokens;  // of int8 activations, and of products that are added
+  void* y;                  // [M, rows], or the residual that products are added to
   int64_t rows, words, M, K;
   int scale_stride;
   bool aligned_words;  // rows of the weights start on 16-byte boundaries
@@ -75,12 +76,17 @@ struct WarpgroupTile {
   static constexpr int kConsumers = kRowGroups * kSplit;
   static constexpr int kThreads = kWarpgroup * (kConsumers + 1);
   static constexpr int kBlocksOfEight = kTokens / 8;
-  // Wide tiles need more registers than an equal share.
-  static constexpr bool kUnequalRegisters = kTokens > 128;
+  // Many sums need more registers than an equal share.
+  static constexpr bool kUnequalRegisters = kTokens >= 128 && kConsumers == 2;
 
   static constexpr int kBoxSize = kTokens * kBoxBytes;
   static constexpr int kActivationBytes = kBoxes * kBoxSize;
   static constexpr int kOutBytes = kRowGroups * kBoxSize;
+  // Sums that are added to a residual have 32 bits: they leave through that in turns, a part of the tokens at a time.
+  static constexpr int kAddedHalves = 2;
+  static constexpr int kAddedTokens = kTokens / (2 * kAddedHalves);
+  static constexpr int kAddedBytes = kAddedTokens * kBoxBytes;
+  static constexpr int kTokenBytes = kConsumers * kTokens * int(sizeof(Int8Token));
   // What the parts of a split K send to the part that finishes a block of eight tokens.
   static constexpr int kFragmentBytes = kWarpgroup * 4 * 4;
   static __host__ __device__ constexpr int part_bytes(int parts) {
@@ -88,7 +94,7 @@ struct WarpgroupTile {
     return parts > 1 ? kRowGroups * kSplit * owned * (parts - 1) * kFragmentBytes : 0;
   }
   // Wide tiles leave nothing to split, and their sums no room to be sent.
-  static constexpr bool kSplits = kTokens <= 128;
+  static constexpr bool kSplits = kTokens <= 128 && kRowGroups < 3;
 
   // Of a tile that is cut, partial sums come through the stages, whole blocks of eight tokens in each.
   static constexpr bool kCuts = kResident == 1;
@@ -107,7 +113,11 @@ struct WarpgroupLayout {
   static constexpr int kWordBytes = Tile::kRows * kWordsOfRow * 4;
   static constexpr int kStageBytes = (Tile::kActivationBytes + kWordBytes + 1023) / 1024 * 1024;
   static constexpr int kSteps = Tile::kBoxes * (kBoxBytes / kStepBytes) / Tile::kSplit;  // of a warpgroup in a stage
-  static_assert(kSteps % 2 == 0 && Tile::kBoxes % Tile::kSplit == 0);
+  // Steps whose operands are made together, and then their products. Two pay for signs, in stages of four, where there
+  // are registers for their operands.
+  static constexpr bool kSigns = F::kWords == 1;
+  static constexpr int kTogether = kSigns && kSteps >= 4 && Tile::kConsumers == 2 && Tile::kResident == 1 ? 2 : 1;
+  static_assert(kSteps % (2 * kTogether) == 0 && Tile::kBoxes % Tile::kSplit == 0);
 
   // Where things lie in shared memory, from its first multiple of 1024.
   int stages;
@@ -115,9 +125,7 @@ struct WarpgroupLayout {
   int64_t scale_bytes;
   __host__ __device__ int64_t out() const { return int64_t(stages) * kStageBytes; }
   __host__ __device__ int64_t tokens() const { return out() + Tile::kOutBytes; }
-  __host__ __device__ int64_t parts() const {
-    return tokens() + (std::is_same_v<T, int8_t> ? Tile::kConsumers * Tile::kTokens * int(sizeof(Int8Token)) : 0);
-  }
+  __host__ __device__ int64_t parts() const { return tokens() + (std::is_same_v<T, int8_t> ? Tile::kTokenBytes : 0); }
   __host__ __device__ int64_t scales() const { return parts() + part_bytes; }
   __host__ __device__ int64_t barriers() const { return scales() + scale_bytes; }
   __host__ __device__ int64_t bytes() const { return 1024 + barriers() + 8 * (2 * stages + Tile::kConsumers); }
@@ -127,12 +135,14 @@ struct WarpgroupLayout {
 // block that has it alone. Fewer than kLeastStages even so: the tile does not fit.
 constexpr int kLeastStages = 3;
 template <class F, class Tile>
-WarpgroupLayout<F, Tile> warpgroup_layout(ScalesOf scales, int64_t K, int blocks) {
+WarpgroupLayout<F, Tile> warpgroup_layout(ScalesOf scales, int64_t K, int blocks, bool adds = false) {
   using Layout = WarpgroupLayout<F, Tile>;
   const int64_t alone = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
   const int64_t shared = device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor) / Tile::kResident - 1024;
   const int64_t columns = scales == ScalesOf::kColumns ? ceil_div(K, Layout::kDepth) * Layout::kDepth : 0;
-  Layout layout{Tile::kStages, Tile::part_bytes(blocks * Tile::kSplit), columns / 2 * int64_t(sizeof(Values))};
+  // Sums that are added come from one part, and have tokens in the place of others.
+  Layout layout{Tile::kStages, adds ? Tile::kTokenBytes : Tile::part_bytes(blocks * Tile::kSplit),
+                columns / 2 * int64_t(sizeof(Values))};
   for (const int64_t most : {std::min(shared, alone), alone}) {
     layout.stages = Tile::kStages;
     while (layout.stages > 0 && layout.bytes() > most) --layout.stages;
@@ -144,7 +154,10 @@ WarpgroupLayout<F, Tile> warpgroup_layout(ScalesOf scales, int64_t K, int blocks
 // What a block or a cluster makes: whole tiles, in turns; then its part of the tiles that are cut, a run of stages of
 // K. The block that has the first stages of a cut tile finishes it: it adds the sums that others leave in their places.
 // They leave theirs before it needs them, and it waits for blocks of lower indices only, which have started before it.
-template <bool kCuts>
+//
+// kLeavesFirst: a block begins with what it leaves to another. So blocks are at different places of their tiles from
+// then on, and do not all want memory for their outputs at once.
+template <bool kCuts, bool kLeavesFirst>
 class WarpgroupWork {
  public:
   int row_tile, token_tile;
@@ -192,7 +205,7 @@ class WarpgroupWork {
   }
 
   __device__ bool next() {
-    if (next_whole_ < whole_) {
+    if (next_whole_ < whole_ && !(kLeavesFirst && next_begin_ > 0)) {
       take(next_whole_);
       begin = part_begin_;
       end = part_end_;
@@ -319,9 +332,11 @@ __device__ inline void prefetch_slice(const void* p, int64_t bytes) {
   prefetch_to_l2(static_cast<const uint4*>(p) + from, 16 * (min(vectors, from + each) - from));
 }
 
-template <class F, ScalesOf kScales, class Tile, bool kCluster>
-__device__ void produce(const CUtensorMap& activations, const WarpgroupProblem& p, SharedAddress stages, int slots,
-                        SharedAddress full, SharedAddress empty, int rank, int blocks, int cluster, int clusters) {
+// kAdds: `output` is the residual that sums are added to.
+template <class F, ScalesOf kScales, class Tile, bool kCluster, bool kAdds>
+__device__ void produce(const CUtensorMap& activations, const CUtensorMap& output, const WarpgroupProblem& p,
+                        SharedAddress stages, int slots, SharedAddress full, SharedAddress empty, int rank, int blocks,
+                        int cluster, int clusters) {
   using Layout = WarpgroupLayout<F, Tile>;
   const int thread = threadIdx.x % kWarpgroup;
   if (thread == 32) {
@@ -333,7 +348,7 @@ __device__ void produce(const CUtensorMap& activations, const WarpgroupProblem& 
     prefetch_slice(p.beta, p.K / 4 * 16);
   }
   constexpr bool kCuts = Tile::kCuts && !kCluster;
-  WarpgroupWork<kCuts> work(p, static_cast<int>(ceil_div(p.K, Layout::kDepth)), rank, blocks, cluster, clusters);
+  WarpgroupWork<kCuts, kAdds> work(p, static_cast<int>(ceil_div(p.K, Layout::kDepth)), rank, blocks, cluster, clusters);
   bool more = work.next();
   wait_for_previous_kernel();
   let_next_kernel_start();
@@ -366,6 +381,14 @@ __device__ void produce(const CUtensorMap& activations, const WarpgroupProblem& 
     for (int s = work.begin; s < work.end; ++s) {
       if (kCuts && left >= 0 && (until-- == 0 || s + 1 == work.end)) announce_left();
       barrier_wait(empty + 8 * slot, parity);
+      if constexpr (kAdds) {
+        // What the copy engine will add to comes to L2 while products run.
+        constexpr int kAcross = Tile::kRows / 32;
+        const int part = s - work.begin, down = Tile::kAddedHalves + part / kAcross;
+        if (thread == 96 && down < 2 * Tile::kAddedHalves && work.begin == 0) {
+          prefetch_box(&output, static_cast<int>(row) + 32 * (part % kAcross), token + down * Tile::kAddedTokens);
+        }
+      }
       if (thread == 0) {
         barrier_arrive_expecting(full + 8 * slot, Tile::kActivationBytes);
 #pragma unroll
