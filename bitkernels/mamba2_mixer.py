@@ -97,13 +97,13 @@ def gated_mixer(
         a pass of their own; the states after the last token).
     """
     heads, channels = A.shape[0], conv_weight.shape[0]
-    convolution, scan = _gated_parts(zxbcdt.device.type)
+    convolution, _, _ = _parts(zxbcdt.device.type)
     z, xbc, dt = _split(zxbcdt, channels, heads)
     xbc = convolution(xbc, conv_weight, conv_bias, initial_conv_state, None, cu_seqlens, True)
     x, B, C = _split_conv(xbc, z.shape[2], heads, ngroups)
-    y, final_states, squares = scan(
-        x, dt, A, B, C, D, z.unflatten(2, (heads, -1)), dt_bias, initial_states, None, cu_seqlens, True, 0.0, None,
-        chunk_size,
+    gate = z.unflatten(2, (heads, -1))
+    y, final_states, squares = _gated_scan(
+        x, dt, A, B, C, D, gate, dt_bias, initial_states, cu_seqlens, chunk_size
     )  # fmt: skip
     return y.flatten(2), squares, final_states
 
@@ -140,29 +140,31 @@ def _split_conv(xbc: Tensor, width: int, heads: int, ngroups: int) -> tuple[Tens
 
 @functools.cache
 def _parts(device: str) -> tuple[Callable, Callable, Callable]:
-    """Convolution, scan and norm on such devices. On CUDA the first two are Python, called past the dispatcher, which
-    would take the host longer than short sequences take the kernels."""
+    """Convolution, scan and norm on such devices. On CUDA the first is Python, called past the dispatcher, which would
+    take the host longer than short sequences take the kernels."""
     ops = torch.ops.bitkernels
-    convolution, scan = ops.causal_conv1d.default, ops.ssd_scan.default
+    convolution = ops.causal_conv1d.default
     if device == "cuda":
         from bitkernels.triton.arguments import on_its_device
         from bitkernels.triton.short_convolution import causal_conv1d
-        from bitkernels.triton.ssd_scan import ssd_scan
 
-        convolution, scan = on_its_device(causal_conv1d), on_its_device(ssd_scan)
-    return convolution, scan, ops.gated_rms_norm.default
+        convolution = on_its_device(causal_conv1d)
+    return convolution, ops.ssd_scan.default, ops.gated_rms_norm.default
 
 
-@functools.cache
-def _gated_parts(device: str) -> tuple[Callable, Callable]:
-    """Convolution and scan with gates, which may know the squares of what it makes."""
-    convolution, scan, _ = _parts(device)
-    if device != "cuda":
-        return convolution, lambda *arguments: (*scan(*arguments), None)
-    from bitkernels.triton.arguments import on_its_device
-    from bitkernels.triton.ssd_scan import gated_scan
-
-    return convolution, on_its_device(gated_scan)
+def _gated_scan(x, dt, A, B, C, D, z, dt_bias, initial_states, cu_seqlens, chunk_size):
+    """y, the final states, and the sums of the squares of each head's outputs [B, H, T] where they cost nothing."""
+    ops = torch.ops.bitkernels
+    if x.is_cuda:
+        division = ops.ssd_scan_division(x, B, C, z, initial_states, None, cu_seqlens)
+        if division[0] > 0:
+            return ops.ssd_scan_hopper(
+                x, dt, A, B, C, D, z, dt_bias, initial_states, True, 0.0, None, *division, True
+            )  # fmt: skip
+    y, final_states = ops.ssd_scan(
+        x, dt, A, B, C, D, z, dt_bias, initial_states, None, cu_seqlens, True, 0.0, None, chunk_size
+    )  # fmt: skip
+    return y, final_states, None
 
 
 def _norm_backward(dy, y, z, weight, eps, group_size, dz):

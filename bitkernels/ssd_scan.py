@@ -79,6 +79,7 @@ def acc_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+@torch.library.register_fake("bitkernels::ssd_scan_chunks")
 @torch.library.register_fake("bitkernels::ssd_scan")
 def _(
     x, dt, A, B, C, D=None, z=None, dt_bias=None, initial_states=None, seq_idx=None, cu_seqlens=None,

@@ -135,6 +135,64 @@ inline double limit_of(const char* op, double dt_min, std::optional<double> dt_m
   return high;
 }
 
+// The arguments of the scan, in the schema's order.
+struct ScanArguments {
+  const Tensor &x, &dt, &A, &B, &C;
+  const std::optional<Tensor>&D, &z, &dt_bias, &initial_states, &seq_idx, &cu_seqlens;
+  bool dt_softplus;
+  double dt_min;
+  std::optional<double> dt_max;
+  int64_t chunk_size;
+};
+
+// All but cu_seqlens, and initial_states, whose number depends on them.
+inline void check_scan(const char* op, const ScanArguments& a) {
+  kernel_dtype(op, "x", a.x.scalar_type());
+  check_rank(op, "x", a.x, 4, "[B, T, H, P]");
+  const int64_t batch = a.x.size(0), T = a.x.size(1), H = a.x.size(2), P = a.x.size(3);
+  check_argument(a.chunk_size > 0, op, ": chunk_size must be positive, got ", a.chunk_size);
+
+  check_same_device(op, "dt", a.dt, a.x);
+  check_floating(op, "dt", a.dt);
+  check_shape(op, "dt", a.dt, {batch, T, H});
+  check_same_device(op, "B", a.B, a.x);
+  check_dtype(op, "B", a.B, a.x.scalar_type());
+  check_rank(op, "B", a.B, 4, "[B, T, G, N]");
+  check_shape(op, "B", a.B, {batch, T, a.B.size(2), a.B.size(3)});
+  check_groups(op, a.B, a.B.size(2), H);
+  check_same_device(op, "C", a.C, a.x);
+  check_dtype(op, "C", a.C, a.x.scalar_type());
+  check_shape(op, "C", a.C, {batch, T, a.B.size(2), a.B.size(3)});
+  check_head_parameters(op, a.x, a.A, a.D, a.dt_bias, H, P);
+  if (a.z) {
+    check_same_device(op, "z", *a.z, a.x);
+    check_dtype(op, "z", *a.z, a.x.scalar_type());
+    check_shape(op, "z", *a.z, {batch, T, H, P});
+  }
+  if (a.seq_idx) {
+    check_same_device(op, "seq_idx", *a.seq_idx, a.x);
+    check_integer(op, "seq_idx", *a.seq_idx);
+    check_shape(op, "seq_idx", *a.seq_idx, {batch, T});
+  }
+  limit_of(op, a.dt_min, a.dt_max);
+}
+
+inline void check_initial_states(const char* op, const ScanArguments& a, int64_t sequences) {
+  if (!a.initial_states) return;
+  check_same_device(op, "initial_states", *a.initial_states, a.x);
+  check_floating(op, "initial_states", *a.initial_states);
+  check_shape(op, "initial_states", *a.initial_states, {sequences, a.x.size(2), a.x.size(3), a.B.size(3)});
+}
+
+// Of their values nothing: on a GPU reading them would wait for it.
+inline void check_cu_seqlens(const char* op, const Tensor& x, const Tensor& cu_seqlens) {
+  check_same_device(op, "cu_seqlens", cu_seqlens, x);
+  check_integer(op, "cu_seqlens", cu_seqlens);
+  check_argument(cu_seqlens.dim() == 1 && cu_seqlens.size(0) >= 1, op, ": cu_seqlens must be [S + 1], got ",
+                 shape(cu_seqlens));
+  check_argument(x.size(0) == 1, op, ": x must have a batch of one with cu_seqlens, got ", shape(x));
+}
+
 // The rows of x [B, T, ...], or the sequences packed into its only row; chunks_of tells how many a length has.
 inline std::vector<BITKERNELS_BACKEND::Sequence> sequences(const char* op, const Tensor& x,
                                                            const std::optional<Tensor>& cu_seqlens,
@@ -150,11 +208,7 @@ inline std::vector<BITKERNELS_BACKEND::Sequence> sequences(const char* op, const
     for (int64_t b = 0; b < batch; ++b) add(b, 0, time);
     return out;
   }
-  check_same_device(op, "cu_seqlens", *cu_seqlens, x);
-  check_integer(op, "cu_seqlens", *cu_seqlens);
-  check_argument(cu_seqlens->dim() == 1 && cu_seqlens->size(0) >= 1, op, ": cu_seqlens must be [S + 1], got ",
-                 shape(*cu_seqlens));
-  check_argument(batch == 1, op, ": x must have a batch of one with cu_seqlens, got ", shape(x));
+  check_cu_seqlens(op, x, *cu_seqlens);
   const Tensor ends = as_dtype(*cu_seqlens, ScalarType::Long);
   const int64_t* end = static_cast<const int64_t*>(ends.const_data_ptr());
   const int64_t count = ends.size(0) - 1;

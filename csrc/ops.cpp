@@ -54,13 +54,23 @@ STABLE_TORCH_LIBRARY(bitkernels, m) {
       "Tensor? dt_bias=None, Tensor? initial_states=None, Tensor? seq_idx=None, Tensor? cu_seqlens=None, "
       "bool dt_softplus=False, float dt_min=0.0, float? dt_max=None, int chunk_size=64) -> "
       "(Tensor y, Tensor final_states)");
-  // What ssd_scan does on Hopper GPUs where bitkernels/triton/ssd_scan.py says so: thread blocks that share a sequence,
-  // what 64 tokens cost that only the state passes, in such with outputs, and how many second parts a processor makes.
-  // With `squares` also the sum of the squares of a head's gated outputs, [B, H, T]; else that is empty.
+  // The same in Triton, for CUDA: what ssd_scan does there, but where the kernel for Hopper takes it.
+  m.def(
+      "ssd_scan_chunks(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D=None, Tensor? z=None, "
+      "Tensor? dt_bias=None, Tensor? initial_states=None, Tensor? seq_idx=None, Tensor? cu_seqlens=None, "
+      "bool dt_softplus=False, float dt_min=0.0, float? dt_max=None, int chunk_size=64) -> "
+      "(Tensor y, Tensor final_states)");
+  // That kernel, with thread blocks that share a sequence, what 64 tokens cost that only the state passes, in such with
+  // outputs, and how many second parts a processor makes. With `squares` also the sum of the squares of a head's gated
+  // outputs, [B, H, T]; else that is empty.
   m.def(
       "ssd_scan_hopper(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, "
       "Tensor? initial_states, bool dt_softplus, float dt_min, float? dt_max, int parts, float states_cost, "
       "int turns=1, bool squares=False) -> (Tensor y, Tensor final_states, Tensor squares)");
+  // How ssd_scan asks it; no parts: it does not take the call.
+  m.def(
+      "ssd_scan_division(Tensor x, Tensor B, Tensor C, Tensor? z, Tensor? initial_states, Tensor? seq_idx, "
+      "Tensor? cu_seqlens) -> (int parts, float states_cost, int turns)");
   // The gradient of an argument that was not given is an empty tensor.
   m.def(
       "ssd_scan_backward(Tensor dy, Tensor? dfinal_states, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, "

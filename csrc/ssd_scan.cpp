@@ -4,16 +4,6 @@
 namespace bitkernels {
 namespace {
 
-// The arguments of both operators, in the schema's order.
-struct Arguments {
-  const Tensor &x, &dt, &A, &B, &C;
-  const std::optional<Tensor>&D, &z, &dt_bias, &initial_states, &seq_idx, &cu_seqlens;
-  bool dt_softplus;
-  double dt_min;
-  std::optional<double> dt_max;
-  int64_t chunk_size;
-};
-
 // The kernel's description of the problem, and what keeps its pointers alive.
 struct Scan {
   std::vector<cpu::Sequence> sequences;
@@ -21,7 +11,7 @@ struct Scan {
   std::optional<Tensor> D, z, dt_bias, initial_states, seq_idx;
   cpu::SsdScan args;
 
-  Scan(const char* op, const Arguments& a)
+  Scan(const char* op, const ScanArguments& a)
       : sequences(check(op, a)),
         x(inner_dense(a.x)),
         dt(a.dt.scalar_type() == acc() ? a.dt : torch::stable::to(a.dt, acc())),
@@ -64,40 +54,10 @@ struct Scan {
 
   std::vector<int64_t> state_sizes() const { return {args.S, args.H, args.P, args.N}; }
 
-  static std::vector<cpu::Sequence> check(const char* op, const Arguments& a) {
-    kernel_dtype(op, "x", a.x.scalar_type());
-    check_rank(op, "x", a.x, 4, "[B, T, H, P]");
-    const int64_t batch = a.x.size(0), T = a.x.size(1), H = a.x.size(2), P = a.x.size(3);
-    check_argument(a.chunk_size > 0, op, ": chunk_size must be positive, got ", a.chunk_size);
-
-    check_same_device(op, "dt", a.dt, a.x);
-    check_floating(op, "dt", a.dt);
-    check_shape(op, "dt", a.dt, {batch, T, H});
-    check_same_device(op, "B", a.B, a.x);
-    check_dtype(op, "B", a.B, a.x.scalar_type());
-    check_rank(op, "B", a.B, 4, "[B, T, G, N]");
-    check_shape(op, "B", a.B, {batch, T, a.B.size(2), a.B.size(3)});
-    check_groups(op, a.B, a.B.size(2), H);
-    check_same_device(op, "C", a.C, a.x);
-    check_dtype(op, "C", a.C, a.x.scalar_type());
-    check_shape(op, "C", a.C, {batch, T, a.B.size(2), a.B.size(3)});
-    check_head_parameters(op, a.x, a.A, a.D, a.dt_bias, H, P);
-    if (a.z) {
-      check_same_device(op, "z", *a.z, a.x);
-      check_dtype(op, "z", *a.z, a.x.scalar_type());
-      check_shape(op, "z", *a.z, {batch, T, H, P});
-    }
-    if (a.seq_idx) {
-      check_same_device(op, "seq_idx", *a.seq_idx, a.x);
-      check_integer(op, "seq_idx", *a.seq_idx);
-      check_shape(op, "seq_idx", *a.seq_idx, {batch, T});
-    }
+  static std::vector<cpu::Sequence> check(const char* op, const ScanArguments& a) {
+    check_scan(op, a);
     std::vector<cpu::Sequence> out = bitkernels::sequences(op, a.x, a.cu_seqlens, cpu::ssd_scan_chunks);
-    if (a.initial_states) {
-      check_same_device(op, "initial_states", *a.initial_states, a.x);
-      check_floating(op, "initial_states", *a.initial_states);
-      check_shape(op, "initial_states", *a.initial_states, {static_cast<int64_t>(out.size()), H, P, a.B.size(3)});
-    }
+    check_initial_states(op, a, static_cast<int64_t>(out.size()));
     return out;
   }
 };

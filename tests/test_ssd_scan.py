@@ -237,6 +237,11 @@ def joined_inputs(case, device, dtype):
     return tensors
 
 
+def division(tensors):
+    """How Hopper's kernel would divide it; no parts: it does not take it."""
+    return torch.ops.bitkernels.ssd_scan_division(*(tensors[i] for i in (0, 3, 4, 6, 8, 9, 10)))
+
+
 def has_hopper_kernels(device):
     return device == "cuda" and torch.cuda.get_device_capability() == (9, 0) and CUDA_LIBRARY
 
@@ -247,9 +252,7 @@ def has_hopper_kernels(device):
 def test_many_heads(case, dtype, device):
     tensors = joined_inputs(case, device, dtype)
     if has_hopper_kernels(device):
-        from bitkernels.triton.ssd_hopper import on_hopper
-
-        assert on_hopper(*(tensors[i] for i in (0, 3, 4, 6, 8, 9, 10)))
+        assert division(tensors)[0] > 0
     outputs = run(case, tensors)
     for name, out, ref in zip(("y", "final_states"), outputs, run_reference(case, tensors), strict=True):
         assert_close(name, out, ref, TOLERANCE[dtype])
@@ -268,28 +271,23 @@ def test_many_heads(case, dtype, device):
     ],
     ids=str,
 )
-def test_shared_sequences(case, monkeypatch):
+def test_shared_sequences(case):
     """Thread blocks that share a sequence make the same bits as one alone, wherever their parts begin."""
     if not (torch.cuda.is_available() and has_hopper_kernels("cuda")):
         pytest.skip("no Hopper GPU is visible")
-    from bitkernels.triton import launch, ssd_hopper, ssd_scan
-
     tensors = joined_inputs(case, "cuda", torch.bfloat16)
-    parts = ssd_hopper.forward_parts(tensors[0])
+    given = *tensors[:9], case.softplus, case.dt_limit[0], None if case.dt_limit[1] == math.inf else case.dt_limit[1]
+    parts, cost, _ = division((*tensors[:6], None, *tensors[7:]))
     assert parts > 1
-    outputs_ref = run_reference(case, tensors)
 
-    def divided(parts, states_cost):
-        monkeypatch.setattr(ssd_scan, "forward_parts", lambda x: parts)
-        monkeypatch.setattr(ssd_scan, "STATES_COST", states_cost)
-        monkeypatch.setattr(launch, "PLANS", {})
-        return run(case, tensors)
+    def divided(*by):
+        return torch.ops.bitkernels.ssd_scan_hopper(*given, *by)[:2]
 
     alone = divided(1, 0.0)
-    for name, out, ref in zip(("y", "final_states"), alone, outputs_ref, strict=True):
+    for name, out, ref in zip(("y", "final_states"), alone, run_reference(case, tensors), strict=True):
         assert_close(name, out, ref, TOLERANCE[torch.bfloat16])
     for share in range(2, parts + 1):
-        for states_cost in (0.0, ssd_hopper.STATES_COST, 0.9):
+        for states_cost in (0.0, cost, 0.9):
             outputs = divided(share, states_cost)
             assert all(torch.equal(a, b) for a, b in zip(alone, outputs, strict=True))
 
@@ -301,12 +299,10 @@ def test_shared_sequences(case, monkeypatch):
 def test_squares_of_gated_outputs(case, dtype):
     if not (torch.cuda.is_available() and has_hopper_kernels("cuda")):
         pytest.skip("no Hopper GPU is visible")
-    from bitkernels.triton.ssd_scan import gated_scan
-
-    x, dt, A, B, C, D, z, dt_bias, initial = joined_inputs(case, "cuda", dtype)[:9]
-    arguments = x, dt, A, B, C, D, z, dt_bias, initial, None, None, True, 0.0, None, 64
-    y, final, squares = gated_scan(*arguments)
-    assert all(map(torch.equal, (y, final), torch.ops.bitkernels.ssd_scan(*arguments)))
+    tensors = joined_inputs(case, "cuda", dtype)
+    given = tensors[:9]
+    y, final, squares = torch.ops.bitkernels.ssd_scan_hopper(*given, True, 0.0, None, *division(tensors), True)
+    assert all(map(torch.equal, (y, final), torch.ops.bitkernels.ssd_scan(*given, None, None, True, 0.0, None)))
     assert_close("squares", squares, y.double().square().sum(-1).mT, 2 * TOLERANCE[dtype])
 
 

@@ -190,7 +190,7 @@ __global__ void __launch_bounds__(kClusterThreads, 1) bit_cluster_kernel(const _
     if (lane == 0) {
       barrier_init(shared_address(&arrived), 1);
       barrier_init(shared_address(&measured), 1);
-      barrier_init(shared_address(&shifted), args.steps * args.sharers);
+      barrier_init(shared_address(&shifted), args.steps * args.sharers * kSums * kSummed);
       barrier_init_fence();
       if (parts > 1) {
         const int sums = tiles * (kBitMmaRows >> parts_log2) * kTokens;
@@ -404,9 +404,11 @@ __global__ void __launch_bounds__(kClusterThreads, 1) bit_cluster_kernel(const _
     const float sum = sum_each(plain);
     const int i_sum = lane / kSharing;
     const int m = sharer + i_sum % kSummed * args.sharers;
-    if (lane % kSharing == 0 && m < tokens) plain_of_steps[(step * kSums + i_sum / kSummed) * kTokens + m] = sum;
+    if (lane % kSharing == 0) {
+      if (m < tokens) plain_of_steps[(step * kSums + i_sum / kSummed) * kTokens + m] = sum;
+      barrier_arrive(shared_address(&shifted));
+    }
     __syncwarp();
-    if (lane == 0) barrier_arrive(shared_address(&shifted));
     // The last warp tells every block of the cluster.
     if (place > 0) return;
     barrier_wait(shared_address(&shifted), 0);

@@ -27,7 +27,7 @@ struct ScanDecays {
   float unused[3];
 };
 
-// What remains of an SsdScan beside tensor maps.
+// What remains of a HopperScan beside tensor maps.
 struct ScanProblem {
   const void* dt;
   const float *A, *D, *dt_bias, *initial_states;

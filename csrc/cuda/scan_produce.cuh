@@ -106,8 +106,7 @@ __device__ void produce_decays(const ScanPlace<N>& at, const ScanProblem& p, int
     reinterpret_cast<float2*>(to.leave)[lane] = {exp2_fast(end - totals.x) * step[0],
                                                  exp2_fast(end - totals.y) * step[1]};
     if (lane == 0) to.kept = exp2_fast(end);
-    __syncwarp();
-    if (lane == 0) barrier_arrive(at.full + b % kScanStages * 8);
+    barrier_arrive(at.full + b % kScanStages * 8);
   }
 }
 

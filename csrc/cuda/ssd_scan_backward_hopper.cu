@@ -125,7 +125,7 @@ struct Workspace {
   float* skips;                // [B, blocks, H] of dD, with a gate
   int64_t bytes;
 
-  explicit Workspace(const SsdScanBackward& s) {
+  explicit Workspace(const HopperScanBackward& s) {
     parts = ceil_div(s.T, s.length);
     part_blocks = ceil_div(std::min(s.length, s.T), kScanTokens);
     const int64_t states = s.rows * part_blocks * s.H * kHeaddim * s.N;
@@ -146,15 +146,17 @@ struct Workspace {
     bytes = (skips + (s.z.data ? s.batch * blocks * s.H : 0) - static_cast<float*>(s.workspace)) * sizeof(float);
   }
 
-  static int64_t state_size(const SsdScanBackward& s) { return s.batch * s.H * kHeaddim * s.N; }
-  float* border(const SsdScanBackward& s, int64_t part) const { return borders + (part - 1) * state_size(s); }
-  const float* before(const SsdScanBackward& s, int64_t part) const { return part == 0 ? s.initial : border(s, part); }
+  static int64_t state_size(const HopperScanBackward& s) { return s.batch * s.H * kHeaddim * s.N; }
+  float* border(const HopperScanBackward& s, int64_t part) const { return borders + (part - 1) * state_size(s); }
+  const float* before(const HopperScanBackward& s, int64_t part) const {
+    return part == 0 ? s.initial : border(s, part);
+  }
 };
 
-int64_t ssd_scan_backward_hopper_workspace(const SsdScanBackward& s) { return Workspace(s).bytes; }
+int64_t ssd_scan_backward_hopper_workspace(const HopperScanBackward& s) { return Workspace(s).bytes; }
 
 // The scan without its gate, of all tokens.
-SsdScan forward(const SsdScanBackward& s) {
+HopperScan forward(const HopperScanBackward& s) {
   return {.x = s.x,
           .B = s.B,
           .C = s.C,
@@ -185,8 +187,8 @@ SsdScan forward(const SsdScanBackward& s) {
 }
 
 // The state after a part, from the one before it.
-void lead_states(const SsdScanBackward& s, const Workspace& work, int64_t part, cudaStream_t stream) {
-  SsdScan states = forward(s);
+void lead_states(const HopperScanBackward& s, const Workspace& work, int64_t part, cudaStream_t stream) {
+  HopperScan states = forward(s);
   const auto begin_at = [&](ScanTensor& t, DType dtype) {
     t.data = static_cast<const char*>(t.data) + part * s.length * t.time * (dtype == DType::kFloat32 ? 4 : 2);
   };
@@ -202,9 +204,9 @@ void lead_states(const SsdScanBackward& s, const Workspace& work, int64_t part, 
 
 // The gradient of the outputs without their gate.
 template <typename T>
-ScanTensor open_gate(const SsdScanBackward& s, const Workspace& work, cudaStream_t stream) {
+ScanTensor open_gate(const HopperScanBackward& s, const Workspace& work, cudaStream_t stream) {
   if (!s.z.data) return s.dy;
-  SsdScan outputs = forward(s);
+  HopperScan outputs = forward(s);
   outputs.y = s.dx;  // for now
   ssd_scan_hopper(outputs, stream);
   const GateProblem gate{.dy = s.dy,
@@ -224,7 +226,7 @@ ScanTensor open_gate(const SsdScanBackward& s, const Workspace& work, cudaStream
 }
 
 template <typename T, int N>
-void run_backward(const SsdScanBackward& s, cudaStream_t stream) {
+void run_backward(const HopperScanBackward& s, cudaStream_t stream) {
   const Workspace work(s);
   const int64_t blocks = ceil_div(s.T, kScanTokens);
   const auto map = [&](const ScanTensor& t, int64_t heads, int64_t columns, int tokens = kScanTokens) {
@@ -310,7 +312,7 @@ void run_backward(const SsdScanBackward& s, cudaStream_t stream) {
   launch(sum_parts_kernel<T>, Grid{dim3(std::max(of_heads, of_groups), shared ? 3 : 1), 256}, stream, sums);
 }
 
-void ssd_scan_backward_hopper(const SsdScanBackward& s, Executor stream) {
+void ssd_scan_backward_hopper(const HopperScanBackward& s, Executor stream) {
   const auto with_state = [&]<typename T>(T) {
     s.N == 64 ? run_backward<T, 64>(s, stream) : run_backward<T, 128>(s, stream);
   };

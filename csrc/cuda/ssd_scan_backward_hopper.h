@@ -5,7 +5,7 @@
 
 namespace bitkernels::cuda {
 
-struct SsdScanBackward {
+struct HopperScanBackward {
   ScanTensor dy, x;           // [B, T, H, 64] dtype
   ScanTensor B, C;            // [B, T, G, N] dtype
   ScanTensor z;               // [B, T, H, 64] dtype or null
@@ -31,9 +31,9 @@ struct SsdScanBackward {
 };
 // All of dtype lies on 16-byte boundaries, initial and dfinal too, and so do the strides of dtype, which are not zero;
 // dtype is 16 bits wide, N 64 or 128, T at least 1.
-void ssd_scan_backward_hopper(const SsdScanBackward&, Executor);
+void ssd_scan_backward_hopper(const HopperScanBackward&, Executor);
 
 // Bytes it wants as workspace, on a 16-byte boundary.
-int64_t ssd_scan_backward_hopper_workspace(const SsdScanBackward&);
+int64_t ssd_scan_backward_hopper_workspace(const HopperScanBackward&);
 
 }  // namespace bitkernels::cuda

@@ -22,7 +22,8 @@ __global__ void __launch_bounds__(kScanThreads, 1)
   if (threadIdx.x == 0) {
     for (const CUtensorMap* map : {&x, &B, &C, &z, &y}) prefetch_map(map);
     for (int i = 0; i < kScanStages; ++i) {
-      barrier_init(at.full + 8 * i, 2);
+      // By the thread that asks for copies, and by a warp that makes decays.
+      barrier_init(at.full + 8 * i, 1 + 32);
       barrier_init(at.empty + 8 * i, 8);
     }
     for (int i = 0; i < kOutputGroups; ++i) {
@@ -61,7 +62,7 @@ __global__ void __launch_bounds__(kScanThreads, 1)
 // Every part has 1 - states_cost times the blocks of the part before: all take equally long, as
 // states_cost * begin + (end - begin) then is the same for all. With `turns`, the second of two parts is of such a
 // length that so many, one after the other on a processor that has no first part, take as long as a first part.
-void divide(const SsdScan& s, ScanProblem& p) {
+void divide(const HopperScan& s, ScanProblem& p) {
   if (!s.y) {
     p.begins[0] = p.begins[1] = p.blocks;
     return;
@@ -88,7 +89,7 @@ void divide(const SsdScan& s, ScanProblem& p) {
 }
 
 template <typename T, int N>
-void run_scan(const SsdScan& s, cudaStream_t stream) {
+void run_scan(const HopperScan& s, cudaStream_t stream) {
   const auto map = [&](const ScanTensor& t, int64_t heads, int64_t columns, int tokens = kScanTokens) {
     return tokens_map<T>(t.data, {s.batch, s.T, heads, columns}, {t.batch, t.time, t.head}, tokens);
   };
@@ -123,7 +124,29 @@ void run_scan(const SsdScan& s, cudaStream_t stream) {
          map(y, s.H, kHeaddim, kScanTokens / 4), p);
 }
 
-void ssd_scan_hopper(const SsdScan& s, Executor stream) {
+ScanDivision divide_scan(int64_t batch, int64_t T, int64_t H, bool gated) {
+  if (!on_hopper()) return {};
+  // Of the processors, heads of the whole batch: from there on it is faster than Triton's chunks, by half or more;
+  // fewer were not measured (docs/kernels/ssd_scan.md).
+  constexpr double kFewestHeads = 0.18;
+  // Of 64 tokens that only the state passes, in such with outputs: of 0.2 to 0.6 the fastest at T = 8192.
+  constexpr double kStatesCost = 0.4;
+  const int64_t processors = device_attribute(cudaDevAttrMultiProcessorCount), heads = batch * H;
+  if (heads < kFewestHeads * processors) return {};
+  // As many parts as run at once and have outputs to make; more would make less outputs each than states before them.
+  const int64_t blocks = ceil_div(T, kScanTokens);
+  const int64_t parts = std::clamp<int64_t>(std::min(processors / heads, blocks), 1, kMostScanParts);
+  // Two parts that do not all run at once, the second ones in turns by processors without a first one: pays for gated
+  // outputs alone, as a state passes them at less of their cost.
+  const int64_t idle = processors - heads;
+  if (gated && parts == 1 && idle > 0 && blocks > 1) {
+    const int64_t turns = ceil_div(heads, idle);
+    if (turns > 1 && turns * kStatesCost < 1.0) return {2, kStatesCost, turns};
+  }
+  return {parts, kStatesCost, 1};
+}
+
+void ssd_scan_hopper(const HopperScan& s, Executor stream) {
   const auto with_state = [&]<typename T>(T) { s.N == 64 ? run_scan<T, 64>(s, stream) : run_scan<T, 128>(s, stream); };
   s.dtype == DType::kBFloat16 ? with_state(bf16()) : with_state(fp16());
 }

@@ -14,7 +14,7 @@ struct ScanTensor {
 // Thread blocks that share a sequence, at most.
 constexpr int kMostScanParts = 4;
 
-struct SsdScan {
+struct HopperScan {
   ScanTensor x;                 // [B, T, H, 64] dtype
   ScanTensor B, C;              // [B, T, G, N] dtype
   ScanTensor z;                 // [B, T, H, 64] dtype or null
@@ -35,8 +35,16 @@ struct SsdScan {
   int64_t turns;       // sequences whose later parts a thread block makes
   double states_cost;  // of 64 tokens that only the state passes, in such with outputs
 };
+// How thread blocks share the sequences of a scan, as above. No parts: the device does not take it.
+struct ScanDivision {
+  int64_t parts;
+  double states_cost;
+  int64_t turns;
+};
+ScanDivision divide_scan(int64_t batch, int64_t T, int64_t H, bool gated);
+
 // squares wants a gate; x, B, C, z, initial_states and y lie on 16-byte boundaries, and so do the strides of the first
 // four, which are not zero; dtype is 16 bits wide, N 64 or 128, T at least 1, and every part has a block of 64 tokens.
-void ssd_scan_hopper(const SsdScan&, Executor);
+void ssd_scan_hopper(const HopperScan&, Executor);
 
 }  // namespace bitkernels::cuda
