@@ -76,11 +76,6 @@ def _(x, weight, bias=None, initial_state=None, seq_idx=None, cu_seqlens=None, s
     return x.new_empty(x.shape)
 
 
-@torch.library.register_fake("bitkernels::causal_conv1d_cuda")
-def _(x, weight, bias, initial_state, seq_idx, cu_seqlens, silu):
-    return x.new_empty(x.shape)
-
-
 @torch.library.register_fake("bitkernels::causal_conv1d_backward")
 def _(dy, x, weight, bias=None, initial_state=None, seq_idx=None, cu_seqlens=None, silu=True):
     acc = acc_dtype(x.dtype)

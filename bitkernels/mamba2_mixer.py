@@ -1,6 +1,5 @@
 """``mamba2_mixer``: everything between the two projections of a Mamba-2 block."""
 
-import functools
 import math
 from collections.abc import Callable
 
@@ -97,9 +96,8 @@ def gated_mixer(
         a pass of their own; the states after the last token).
     """
     heads, channels = A.shape[0], conv_weight.shape[0]
-    convolution, _, _ = _parts(zxbcdt.device.type)
     z, xbc, dt = _split(zxbcdt, channels, heads)
-    xbc = convolution(xbc, conv_weight, conv_bias, initial_conv_state, None, cu_seqlens, True)
+    xbc = torch.ops.bitkernels.causal_conv1d(xbc, conv_weight, conv_bias, initial_conv_state, None, cu_seqlens, True)
     x, B, C = _split_conv(xbc, z.shape[2], heads, ngroups)
     gate = z.unflatten(2, (heads, -1))
     y, final_states, squares = _gated_scan(
@@ -136,20 +134,6 @@ def _split_conv(xbc: Tensor, width: int, heads: int, ngroups: int) -> tuple[Tens
     x, B, C = xbc.split([width, state, state], -1)
     lead, groups = x.shape[:2], (ngroups, state // ngroups)
     return x.view(*lead, heads, width // heads), B.view(*lead, *groups), C.view(*lead, *groups)
-
-
-@functools.cache
-def _parts(device: str) -> tuple[Callable, Callable, Callable]:
-    """Convolution, scan and norm on such devices. On CUDA the first is Python, called past the dispatcher, which would
-    take the host longer than short sequences take the kernels."""
-    ops = torch.ops.bitkernels
-    convolution = ops.causal_conv1d.default
-    if device == "cuda":
-        from bitkernels.triton.arguments import on_its_device
-        from bitkernels.triton.short_convolution import causal_conv1d
-
-        convolution = on_its_device(causal_conv1d)
-    return convolution, ops.ssd_scan.default, ops.gated_rms_norm.default
 
 
 def _gated_scan(x, dt, A, B, C, D, z, dt_bias, initial_states, cu_seqlens, chunk_size):
@@ -199,15 +183,15 @@ def _(
     norm_group_size=None,
 ):  # fmt: skip
     _check("mamba2_mixer", zxbcdt, conv_weight, A, norm_weight, ngroups)
-    convolution, scan, norm = _parts(zxbcdt.device.type)
+    ops = torch.ops.bitkernels
     heads, width = A.shape[0], norm_weight.shape[0]
     z, xbc, dt = _split(zxbcdt, conv_weight.shape[0], heads)
-    xbc = convolution(xbc, conv_weight, conv_bias, initial_conv_state, seq_idx, cu_seqlens, True)
+    xbc = ops.causal_conv1d(xbc, conv_weight, conv_bias, initial_conv_state, seq_idx, cu_seqlens, True)
     x, B, C = _split_conv(xbc, width, heads, ngroups)
-    y, final_states = scan(
+    y, final_states = ops.ssd_scan(
         x, dt, A, B, C, D, None, dt_bias, initial_states, seq_idx, cu_seqlens, True, dt_min, dt_max, chunk_size
     )
-    return norm(y.flatten(2), z, norm_weight, norm_eps, norm_group_size), final_states
+    return ops.gated_rms_norm(y.flatten(2), z, norm_weight, norm_eps, norm_group_size), final_states
 
 
 @torch.library.impl("bitkernels::mamba2_mixer_backward", "CompositeExplicitAutograd")
@@ -217,20 +201,20 @@ def _(
     norm_eps=1e-5, norm_group_size=None,
 ):  # fmt: skip
     _check("mamba2_mixer_backward", zxbcdt, conv_weight, A, norm_weight, ngroups)
-    convolution_forward, scan_forward, _ = _parts(zxbcdt.device.type)
+    ops = torch.ops.bitkernels
     heads, width = A.shape[0], norm_weight.shape[0]
     z, xbc, dt = _split(zxbcdt, conv_weight.shape[0], heads)
     convolution = xbc, conv_weight, conv_bias, initial_conv_state, seq_idx, cu_seqlens, True
-    x, B, C = _split_conv(convolution_forward(*convolution), width, heads, ngroups)
+    x, B, C = _split_conv(ops.causal_conv1d(*convolution), width, heads, ngroups)
     scan = x, dt, A, B, C, D, None, dt_bias, initial_states, seq_idx, cu_seqlens, True, dt_min, dt_max, chunk_size
-    y = scan_forward(*scan)[0].flatten(2)
+    y = ops.ssd_scan(*scan)[0].flatten(2)
     # The gradients of z, x B C and dt lie side by side, where what makes them writes them.
     dzxbcdt = torch.empty(zxbcdt.shape, dtype=zxbcdt.dtype, device=zxbcdt.device)
     dz, dxbc, ddt = _split(dzxbcdt, conv_weight.shape[0], heads)
     norm_backward, convolution_backward = _writers(zxbcdt.device)
     dy, _, dnorm_weight = norm_backward(dy, y, z, norm_weight, norm_eps, norm_group_size, dz)
     del y
-    dx, own_ddt, dA, dB, dC, dD, _, ddt_bias, dinitial_states = torch.ops.bitkernels.ssd_scan_backward(
+    dx, own_ddt, dA, dB, dC, dD, _, ddt_bias, dinitial_states = ops.ssd_scan_backward(
         dy.unflatten(-1, (heads, -1)), dfinal_states, *scan
     )
     ddt.copy_(own_ddt)

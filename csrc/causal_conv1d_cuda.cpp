@@ -1,4 +1,4 @@
-// causal_conv1d_cuda, the causal_conv1d of few tokens on CUDA: checks, allocation, dispatch.
+// causal_conv1d on CUDA: checks, allocation, dispatch.
 #include "cuda/causal_conv1d_cuda.h"
 
 #include "mixer.h"
@@ -22,20 +22,16 @@ DType dtype_of(const char* op, const char* argument, const std::optional<Tensor>
 
 bool is_wide(const std::optional<Tensor>& t) { return t && t->scalar_type() == ScalarType::Long; }
 
-Tensor causal_conv1d_cuda(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
-                          const std::optional<Tensor>& initial_state, const std::optional<Tensor>& seq_idx,
-                          const std::optional<Tensor>& cu_seqlens, bool silu) {
+Tensor causal_conv1d(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                     const std::optional<Tensor>& initial_state, const std::optional<Tensor>& seq_idx,
+                     const std::optional<Tensor>& cu_seqlens, bool silu) {
   constexpr const char* op = "causal_conv1d";
   const DType dtype = kernel_dtype(op, "x", x.scalar_type());
   check_rank(op, "x", x, 3, "[B, T, C]");
   check_taps(op, x, weight, bias, x.size(2));
   int64_t sequences = x.size(0);
   if (cu_seqlens) {
-    check_same_device(op, "cu_seqlens", *cu_seqlens, x);
-    check_integer(op, "cu_seqlens", *cu_seqlens);
-    check_argument(cu_seqlens->dim() == 1 && cu_seqlens->size(0) >= 1, op, ": cu_seqlens must be [S + 1], got ",
-                   shape(*cu_seqlens));
-    check_argument(x.size(0) == 1, op, ": x must have a batch of one with cu_seqlens, got ", shape(x));
+    check_cu_seqlens(op, x, *cu_seqlens);
     sequences = cu_seqlens->size(0) - 1;
   }
   std::optional<Tensor> initial;
@@ -86,6 +82,4 @@ Tensor causal_conv1d_cuda(const Tensor& x, const Tensor& weight, const std::opti
 }  // namespace
 }  // namespace bitkernels
 
-STABLE_TORCH_LIBRARY_IMPL(bitkernels, CUDA, m) {
-  m.impl("causal_conv1d_cuda", TORCH_BOX(&bitkernels::causal_conv1d_cuda));
-}
+STABLE_TORCH_LIBRARY_IMPL(bitkernels, CUDA, m) { m.impl("causal_conv1d", TORCH_BOX(&bitkernels::causal_conv1d)); }

@@ -1,8 +1,8 @@
 // The kernels of the Mamba-2 block: scan, step, causal convolution, gated norm. No torch here.
 //
-// On CUDA the step is this header's; the rest runs on Triton (bitkernels/triton), which may call
-// cuda/ssd_scan_hopper.h, cuda/ssd_scan_backward_hopper.h and cuda/causal_conv1d_cuda.h, but for the norm's forward
-// (cuda/rms_norms_cuda.h): the CPU alone implements the rest of this header.
+// On CUDA the step is this header's. The forwards of convolution and norm are those of cuda/causal_conv1d_cuda.h and
+// cuda/rms_norms_cuda.h, the scan that of cuda/ssd_scan_hopper.h, or Triton's (bitkernels/triton), where the other
+// backwards run, too; that of the scan may call cuda/ssd_scan_backward_hopper.h.
 //
 // Activations are fp32, bf16 or fp16 with fp32 arithmetic, or fp64 throughout. "acc" below is the type of that
 // arithmetic: float, or double where dtype is kFloat64.

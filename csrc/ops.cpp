@@ -121,10 +121,6 @@ STABLE_TORCH_LIBRARY(bitkernels, m) {
   m.def(
       "causal_conv1d(Tensor x, Tensor weight, Tensor? bias=None, Tensor? initial_state=None, "
       "Tensor? seq_idx=None, Tensor? cu_seqlens=None, bool silu=True) -> Tensor");
-  // What causal_conv1d does on CUDA where bitkernels/triton/short_convolution.py says so.
-  m.def(
-      "causal_conv1d_cuda(Tensor x, Tensor weight, Tensor? bias, Tensor? initial_state, Tensor? seq_idx, "
-      "Tensor? cu_seqlens, bool silu) -> Tensor");
   m.def(
       "causal_conv1d_backward(Tensor dy, Tensor x, Tensor weight, Tensor? bias=None, "
       "Tensor? initial_state=None, Tensor? seq_idx=None, Tensor? cu_seqlens=None, bool silu=True) -> "

@@ -14,8 +14,7 @@ from bitkernels.triton.arguments import on_its_device
 # By module, what it implements.
 _SCAN = {
     "add_rms_norm": ("add_rms_norm", "rms_norm", "add_rms_norm_backward"),
-    "short_convolution": ("causal_conv1d",),
-    "causal_conv1d": ("causal_conv1d_backward", "causal_conv1d_step"),
+    "causal_conv1d": ("causal_conv1d", "causal_conv1d_backward", "causal_conv1d_step"),
     "gated_rms_norm": ("gated_rms_norm", "gated_rms_norm_backward"),
     "ssd_scan": ("ssd_scan", "ssd_scan_chunks", "ssd_scan_division"),
     "ssd_scan_backward": ("ssd_scan_backward",),

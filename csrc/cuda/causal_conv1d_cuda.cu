@@ -1,6 +1,7 @@
 // Depthwise causal convolution over time, channels last. A thread takes four channels along a strip of tokens and keeps
-// the last inputs in registers, so that each is read once; loads of eight tokens are under way together. More than four
-// taps, and what cannot be read four channels at a time, take a kernel that reads every input anew, from cache.
+// the last inputs in registers, so that each is read once; eight tokens are under way while eight others are made. More
+// than four taps, and what cannot be read four channels at a time, take a kernel that reads every input anew, from
+// cache.
 #include "causal_conv1d_cuda.h"
 #include "launch.cuh"
 #include "step.cuh"
@@ -9,8 +10,9 @@
 namespace bitkernels::cuda {
 namespace {
 
-constexpr int kStrip = 32, kAtOnce = 8;  // tokens
+constexpr int kStrip = 32, kLongStrip = 64, kAtOnce = 8;  // tokens
 constexpr int kThreads = 64;
+constexpr int kBusyBlocks = 4096;     // from so many of long strips on, these are enough
 constexpr int kElementThreads = 256;  // where a thread makes one output
 constexpr int kMostTaps = 4;
 
@@ -52,26 +54,62 @@ __device__ float4 input(const Convolution& a, int64_t row, const Span& span, int
   return load_vector(a.initial, a.initial_dtype, span.sequence * a.initial_sequence + before * a.initial_time + c);
 }
 
+// [channel][tap] of four channels, by vectors.
+template <int W, typename T>
+__device__ void load_taps(const void* p, int64_t c, float (&taps)[kVector * W]) {
+  Raw<T> raw[W];
+#pragma unroll
+  for (int i = 0; i < W; ++i) raw[i] = load_raw(static_cast<const T*>(p) + c * W + i * kVector);
+#pragma unroll
+  for (int i = 0; i < W; ++i) {
+    const float4 v = widen<T>(raw[i]);
+    taps[i * kVector] = v.x, taps[i * kVector + 1] = v.y, taps[i * kVector + 2] = v.z, taps[i * kVector + 3] = v.w;
+  }
+}
+
+template <int W>
+__device__ void load_taps(const void* p, DType dtype, int64_t c, float (&taps)[kVector * W]) {
+  switch (dtype) {
+    case DType::kBFloat16: return load_taps<W, bf16>(p, c, taps);
+    case DType::kFloat16: return load_taps<W, fp16>(p, c, taps);
+    default: return load_taps<W, float>(p, c, taps);
+  }
+}
+
 __device__ inline void add_product(float4& sum, const float4& a, const float4& b) {
   sum = {fmaf(a.x, b.x, sum.x), fmaf(a.y, b.y, sum.y), fmaf(a.z, b.z, sum.z), fmaf(a.w, b.w, sum.w)};
 }
 
 // Blocks are by strips of all rows and channels. kMixed: a strip may hold several sequences, by cu_seqlens or seq_idx.
 template <typename T, int W, bool kMixed>
-__global__ void __launch_bounds__(kThreads) causal_conv1d_kernel(Convolution a, int strips) {
-  const int64_t row = blockIdx.x / strips, first = int64_t(blockIdx.x % strips) * kStrip;
+__global__ void __launch_bounds__(kThreads) causal_conv1d_kernel(Convolution a, int strips, int strip) {
+  const int64_t row = blockIdx.x / strips, first = int64_t(blockIdx.x % strips) * strip;
   const int64_t c = (int64_t(blockIdx.y) * kThreads + threadIdx.x) * kVector;
   if (c >= a.C) return;
-  const int count = static_cast<int>(min(a.T - first, int64_t(kStrip)));
+  const int count = static_cast<int>(min(a.T - first, int64_t(strip)));
   const T* x = static_cast<const T*>(a.x) + row * a.x_batch + first * a.x_time + c;
   T* y = static_cast<T*>(a.y) + (row * a.T + first) * a.C + c;
 
-  float4 weight[W], bias = {};  // newest first, as what follows
+  Raw<T> ahead[kAtOnce] = {};
+  int64_t segments_ahead[kAtOnce] = {};
+  const auto fetch = [&](int step) {
 #pragma unroll
-  for (int back = 0; back < W; ++back) {
-    const int64_t at = c * W + W - 1 - back;
-    weight[back] = {load(a.weight, a.weight_dtype, at), load(a.weight, a.weight_dtype, at + W),
-                    load(a.weight, a.weight_dtype, at + 2 * W), load(a.weight, a.weight_dtype, at + 3 * W)};
+    for (int i = 0; i < kAtOnce; ++i, x += a.x_time) {
+      if (step + i >= count) continue;
+      ahead[i] = load_raw(x);
+      if (kMixed && a.seq_idx) segments_ahead[i] = segment(a, row, first + step + i);
+    }
+  };
+  fetch(0);
+  float4 weight[W], bias = {};  // newest first, as what follows
+  {
+    float taps[kVector * W];
+    load_taps<W>(a.weight, a.weight_dtype, c, taps);
+#pragma unroll
+    for (int back = 0; back < W; ++back) {
+      const float* newest = taps + W - 1 - back;
+      weight[back] = {newest[0], newest[W], newest[2 * W], newest[3 * W]};
+    }
   }
   if (a.bias) bias = load_vector(a.bias, a.bias_dtype, c);
   Span span = kMixed ? sequence_of(a, row, first) : Span{row, 0, a.T};
@@ -88,16 +126,13 @@ __global__ void __launch_bounds__(kThreads) causal_conv1d_kernel(Convolution a, 
   read_history(first);
 #pragma unroll 1
   for (int step = 0; step < count; step += kAtOnce) {
-    Raw<T> read[kAtOnce] = {};
-    int64_t read_segments[kAtOnce] = {};
+    Raw<T> read[kAtOnce];
+    int64_t read_segments[kAtOnce];
 #pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
-      if (step + i >= count) continue;
-      read[i] = load_raw(x + (step + i) * a.x_time);
-      if (kMixed && a.seq_idx) read_segments[i] = segment(a, row, first + step + i);
-    }
+    for (int i = 0; i < kAtOnce; ++i) read[i] = ahead[i], read_segments[i] = segments_ahead[i];
+    fetch(step + kAtOnce);
 #pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
+    for (int i = 0; i < kAtOnce; ++i, y += a.C) {
       if (step + i >= count) break;
       if (kMixed && first + step + i >= span.end) {
         while (first + step + i >= span.end) span = sequence(a, span.sequence + 1);
@@ -112,7 +147,7 @@ __global__ void __launch_bounds__(kThreads) causal_conv1d_kernel(Convolution a, 
         if (!kMixed || segments[back] == segments[0]) add_product(sum, inputs[back], weight[back]);
       }
       if (a.silu) sum = {silu(sum.x), silu(sum.y), silu(sum.z), silu(sum.w)};
-      store_vector(y + (step + i) * a.C, sum);
+      store_vector(y, sum);
     }
   }
 }
@@ -140,10 +175,12 @@ __global__ void __launch_bounds__(kElementThreads) causal_conv1d_element_kernel(
 
 template <typename T, int W>
 void launch_strips(const Convolution& a, Executor stream) {
-  const int strips = static_cast<int>(ceil_div(a.T, kStrip));
-  const dim3 blocks(static_cast<unsigned>(strips * a.batch), static_cast<unsigned>(ceil_div(a.C, kThreads * kVector)));
+  const int64_t columns = ceil_div(a.C, kThreads * kVector);
+  const bool busy = ceil_div(a.T, kLongStrip) * a.batch * columns >= kBusyBlocks;
+  const int strip = busy ? kLongStrip : kStrip, strips = static_cast<int>(ceil_div(a.T, strip));
+  const dim3 blocks(static_cast<unsigned>(strips * a.batch), static_cast<unsigned>(columns));
   const auto kernel = a.cu_seqlens || a.seq_idx ? causal_conv1d_kernel<T, W, true> : causal_conv1d_kernel<T, W, false>;
-  launch(kernel, Grid{blocks, kThreads}, stream, a, strips);
+  launch(kernel, Grid{blocks, kThreads}, stream, a, strips, strip);
 }
 
 bool reads_vectors(const Convolution& a) {
@@ -151,7 +188,8 @@ bool reads_vectors(const Convolution& a) {
     return loads_vectors(p, dtype) && outer % kVector == 0 && inner % kVector == 0;
   };
   return a.W >= 2 && a.W <= kMostTaps && a.C % kVector == 0 && dense(a.x, a.dtype, a.x_batch, a.x_time) &&
-         dense(a.initial, a.initial_dtype, a.initial_sequence, a.initial_time) && loads_vectors(a.bias, a.bias_dtype);
+         dense(a.initial, a.initial_dtype, a.initial_sequence, a.initial_time) && loads_vectors(a.bias, a.bias_dtype) &&
+         loads_vectors(a.weight, a.weight_dtype);
 }
 
 }  // namespace

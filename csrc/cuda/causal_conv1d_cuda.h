@@ -1,4 +1,4 @@
-// The forward of the causal convolution over sequences of few tokens. Longer ones run on Triton.
+// The forward of the causal convolution. The rest of it runs on Triton (bitkernels/triton/causal_conv1d.py).
 #pragma once
 
 #include "kernels.h"

@@ -49,6 +49,15 @@ __device__ inline float exp2_fast(float v) {
   return power;
 }
 
+constexpr float kLog2E = 1.4426950408889634f;
+
+// Without a division's care for denominators beyond 2^126, as v over infinity is zero too.
+__device__ inline float silu(float v) {
+  float open;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(open) : "f"(1.0f + exp2_fast(-kLog2E * v)));
+  return v * open;
+}
+
 // Weights are read once and are written by no kernel in flight: they pass by the L1 cache.
 __device__ inline uint4 load_streaming(const uint4* p) {
   uint4 v;

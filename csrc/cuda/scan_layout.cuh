@@ -15,7 +15,6 @@ constexpr int kOutputGroups = 2;                  // warpgroups, which take turn
 constexpr int kGateBoxes = 3;                     // of gates, in whose places gated outputs are made
 constexpr int kDecayWarps = 2;
 constexpr int kScanWarpgroup = 128;
-constexpr float kLog2E = 1.4426950408889634f;
 constexpr int kScanThreads = kScanWarpgroup * (2 + kOutputGroups);
 
 // Of one head and block. Decays are kept as their binary logarithms, `total` since the block began.

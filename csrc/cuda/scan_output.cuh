@@ -7,12 +7,6 @@
 
 namespace bitkernels::cuda {
 
-__device__ inline float silu(float v) {
-  float open;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(open) : "f"(1.0f + exp2_fast(-kLog2E * v)));
-  return v * open;
-}
-
 template <typename T, int N, bool kGated>
 __device__ void make_outputs(const ScanPlace<N>& at, const ScanProblem& p, const CUtensorMap& y_map, int group) {
   using Place = ScanPlace<N>;

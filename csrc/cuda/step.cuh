@@ -53,6 +53,4 @@ struct NormedSum {
   float* residual;  // [tokens, columns]
 };
 
-__device__ inline float silu(float v) { return __fdividef(v, 1.0f + __expf(-v)); }
-
 }  // namespace bitkernels::cuda
