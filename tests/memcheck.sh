@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Runs the marked GPU tests under compute-sanitizer: tests/memcheck.sh [TOOL [short]] [further arguments of pytest]
 #   memcheck   (default) accesses outside allocations, after it has caught a planted one
-#   racecheck  accesses of shared memory that no barrier orders. Among what it reports are add_plain in bit_cluster.cuh
-#              and produce_decays in scan_produce.cuh, where one lane arrives at a barrier for a warp that has met
+#   racecheck  accesses of shared memory that no barrier orders. Of a barrier in memory it knows the threads that arrive
+#              themselves, so in the kernels whoever writes what others read arrives
 #   initcheck  reads of global memory that nobody wrote. It does not see what the copy engine writes, so readers of
 #              products are left out: there the tests' NaN in fresh memory tells
 # All are slow: with short they take a small case or two of the products, the scan and the stack step.
