@@ -1,4 +1,4 @@
-"""One token through all layers of a model, against the layers' own steps."""
+"""A token of each request through all layers of a model, against the layers' own steps."""
 
 import torch
 from harness import HEADS, STATE, Contender, device_of, nbytes, on_copies, verify
@@ -13,6 +13,7 @@ def pytest_generate_tests(metafunc):
     # On a CPU it is the layers' own steps; bench_mamba2_step.py times those.
     cuda = device_of(metafunc.config) == "cuda"
     metafunc.parametrize("model", list(LAYERS) if cuda else [])
+    metafunc.parametrize("B", [1, 2, 4, 8])
 
 
 def layer(d_model, d_inner, heads):
@@ -30,13 +31,13 @@ def layer(d_model, d_inner, heads):
     return (*into[:3], zeros[0], None, *conv, -A, D, dt_bias, *out[:3], zeros[1], None)
 
 
-def test_mamba2_stack_step(model, compare):
+def test_mamba2_stack_step(model, B, compare):
     heads, count = HEADS[model], LAYERS[model]
     d_inner, d_model = 64 * heads, 32 * heads
     parameters = [layer(d_model, d_inner, heads) for _ in range(count)]
-    residual = torch.randn(1, d_model, device="cuda")
-    conv = torch.randn(count, 1, TAPS - 1, d_inner + 2 * STATE, device="cuda")
-    ssm = torch.randn(count, 1, heads, 64, STATE, device="cuda")
+    residual = torch.randn(B, d_model, device="cuda")
+    conv = torch.randn(count, B, TAPS - 1, d_inner + 2 * STATE, device="cuda")
+    ssm = torch.randn(count, B, heads, 64, STATE, device="cuda")
 
     def one_kernel(residual, conv, ssm):
         bitkernels.mamba2_stack_step(residual, parameters, conv, ssm, torch.bfloat16)
@@ -54,4 +55,4 @@ def test_mamba2_stack_step(model, compare):
     ours = Contender("bitkernels", on_copies(one_kernel, residual, conv, ssm), size)
     peer = Contender("layer by layer", on_copies(layer_by_layer, residual, conv, ssm), size)
     products = sum(own[i].numel() * 32 for own in parameters for i in (1, 11))
-    compare(f"{model} stack, B=1", ours, [peer], 2 * products, shape=[1, count, d_model], dtype="torch.bfloat16")
+    compare(f"{model} stack, B={B}", ours, [peer], 2 * B * products, shape=[B, count, d_model], dtype="torch.bfloat16")

@@ -25,11 +25,13 @@ def mamba2_stack_step(
     out_eps: float = 1e-5,
     state_indices: Tensor | None = None,
 ) -> None:
-    """One token through L layers, each of them :func:`mamba2_step`.
+    """One token of each of B requests through L layers, each of them :func:`mamba2_step`.
 
-    On Hopper GPUs one token (B = 1) with bfloat16 activations and float32 states passes all layers in one kernel, where
-    their parameters are contiguous float32 with column scales, d_model and H P are multiples of 128 up to 5120, P is
-    one of 8, N of 4 up to 128, W at most 4 and L at most 96. Everything else takes the layers one after the other.
+    On Hopper GPUs one to eight requests with bfloat16 activations and float32 states pass all layers in one kernel,
+    where their parameters are contiguous float32 with column scales and L is at most 96. For one request, d_model and
+    H P must be multiples of 128 up to 5120, P one of 8, N of 4 up to 128 and W at most 4; for several, d_model and H P
+    multiples of 256, as many as a processor has room for (2560 and 5120 of 132 processors), H and P multiples of 8,
+    N = 128, W = 4, with one group. Everything else takes the layers one after the other.
 
     Args:
         residual: [B, d_model], float32 (float64 where dtype is); updated in place.

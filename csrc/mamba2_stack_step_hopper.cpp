@@ -73,14 +73,15 @@ class LayerReader {
 bool mamba2_stack_step_hopper(Tensor residual, std::vector<std::optional<Tensor>> layers, Tensor conv_state,
                               Tensor ssm_state, ScalarType dtype, double in_eps, double out_eps,
                               const std::optional<Tensor>& state_indices) {
-  const int64_t count = ssm_state.size(0), width = residual.size(1);
-  if (residual.size(0) != 1 || count > cuda::kMostStackLayers || dtype != ScalarType::BFloat16) return false;
+  const int64_t count = ssm_state.size(0), tokens = residual.size(0), width = residual.size(1);
+  if (tokens < 1 || count > cuda::kMostStackLayers || dtype != ScalarType::BFloat16) return false;
   if (static_cast<int64_t>(layers.size()) != count * kParameters) return false;
-  // Without indices there is one state of each kind, and with them the pools may have spare ones.
+  if (tokens > 1 && residual.stride(0) != width) return false;
+  // Without indices each token has its own state of each kind, and with them the pools may have spare ones.
   const int64_t slots = std::min(conv_state.size(1), ssm_state.size(1));
   if (state_indices) {
-    check_slots("mamba2_stack_step", "ssm_state", *state_indices, 1, slots, residual);
-  } else if (conv_state.size(1) != 1 || ssm_state.size(1) != 1) {
+    check_slots("mamba2_stack_step", "ssm_state", *state_indices, tokens, slots, residual);
+  } else if (conv_state.size(1) != tokens || ssm_state.size(1) != tokens) {
     return false;
   }
   for (const Tensor* t : {&residual, &conv_state, &ssm_state}) {
@@ -99,6 +100,7 @@ bool mamba2_stack_step_hopper(Tensor residual, std::vector<std::optional<Tensor>
                        .conv_row = conv_state.stride(2),
                        .ssm_slot = ssm_state.stride(1),
                        .count = count,
+                       .tokens = tokens,
                        .width = width,
                        .heads = heads,
                        .head_dim = head_dim,
@@ -108,7 +110,7 @@ bool mamba2_stack_step_hopper(Tensor residual, std::vector<std::optional<Tensor>
                        .in_eps = static_cast<float>(in_eps),
                        .out_eps = static_cast<float>(out_eps)};
   const Launch launch(residual);
-  if (!cuda::stack_step_fits(step)) return false;
+  if (!(tokens == 1 ? cuda::stack_step_fits(step) : cuda::stack_tokens_fit(step))) return false;
   bool usable = true;
   for (int64_t i = 0; i < count; ++i) {
     LayerReader of(layers.data() + i * kParameters, residual, usable);
@@ -132,11 +134,13 @@ bool mamba2_stack_step_hopper(Tensor residual, std::vector<std::optional<Tensor>
         .ssm_state = static_cast<float*>(ssm_state.mutable_data_ptr()) + i * ssm_state.stride(0),
     };
     usable = usable && reinterpret_cast<uintptr_t>(step.layers[i].ssm_state) % 16 == 0;
+    usable = usable && (tokens == 1 || reinterpret_cast<uintptr_t>(step.layers[i].conv_weight) % 16 == 0);
   }
   if (!usable) return false;
-  const std::optional<Tensor> workspace = workspace_like(residual, cuda::stack_step_workspace(step));
+  const std::optional<Tensor> workspace =
+      workspace_like(residual, tokens == 1 ? cuda::stack_step_workspace(step) : cuda::stack_tokens_workspace(step));
   step.workspace = mutable_data_or_null(workspace);
-  cuda::stack_step(step, launch);
+  tokens == 1 ? cuda::stack_step(step, launch) : cuda::stack_tokens(step, launch);
   return true;
 }
 

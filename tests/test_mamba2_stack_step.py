@@ -25,8 +25,8 @@ class Stack:
         return f"L{self.count}-W{self.W}-{self.layer}"
 
 
-# The first ones pass all layers in one kernel on Hopper.
-KERNEL = [
+# What passes all layers in one kernel on Hopper: one token, and several.
+ONE_TOKEN = [
     Stack(1, Layer(1, 128, 2, 64, 1, 16)),
     Stack(3, Layer(1, 384, 12, 64, 1, 128)),
     Stack(2, Layer(1, 256, 32, 24, 2, 20, bias=True), W=3),
@@ -34,6 +34,13 @@ KERNEL = [
     Stack(2, Layer(1, 2560, 80, 64, 1, 128)),
     Stack(5, Layer(1, 1536, 48, 64, 8, 128), W=1),
 ]
+TOKENS = [
+    Stack(2, Layer(2, 256, 8, 32, 1, 128)),
+    Stack(3, Layer(5, 768, 24, 64, 1, 128, bias=True)),
+    Stack(2, Layer(8, 512, 16, 64, 1, 128, bias=True)),
+    Stack(2, Layer(8, 2560, 80, 64, 1, 128)),
+]
+KERNEL = [*ONE_TOKEN, *TOKENS]
 STACKS = [
     *KERNEL,
     Stack(2, Layer(1, 96, 3, 20, 1, 7)),
@@ -135,6 +142,26 @@ def test_slots(index, device):
             assert_close(name, given[name][:, index], layers[name][:, index], 3e-2)
 
 
+@pytest.mark.memcheck
+@pytest.mark.parametrize("stack", TOKENS, ids=str)
+def test_slots_of_tokens(stack, device):
+    """Each token moves the states of its own slot, and padding those of none."""
+    count = stack.layer.batch
+    given = stack_inputs(stack, device, slots=count + 3)
+    before = copied(given)
+    slots = torch.randperm(count + 3, device=device)[:count]
+    slots[count // 2] = -1
+    layers = copied(given)
+    bitkernels.mamba2_stack_step(**given, state_indices=slots)
+    step_layers(layers, slots)
+    held = slots[slots >= 0].tolist()
+    others = [i for i in range(count + 3) if i not in held]
+    assert_close("residual", given["residual"], layers["residual"], 3e-2)
+    for name in ("conv_state", "ssm_state"):
+        assert torch.equal(given[name][:, others], before[name][:, others]), name
+        assert_close(name, given[name][:, held], layers[name][:, held], 3e-2)
+
+
 @pytest.mark.parametrize("stack", KERNEL, ids=str)
 def test_same_bits_every_run(stack, device):
     given = stack_inputs(stack, device)
@@ -147,12 +174,14 @@ def test_same_bits_every_run(stack, device):
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_not_finite(bad, device):
-    """One bad activation reaches every output, and nothing waits for ever."""
-    given = stack_inputs(KERNEL[1], device)
+@pytest.mark.parametrize("stack", [ONE_TOKEN[1], TOKENS[2]], ids=str)
+def test_not_finite(bad, stack, device):
+    """One bad activation reaches every output of its token, and nothing waits for ever."""
+    given = stack_inputs(stack, device)
     given["residual"][0, 7] = bad
     bitkernels.mamba2_stack_step(**given)
-    assert not given["residual"].isfinite().any()
+    assert not given["residual"][0].isfinite().any()
+    assert given["residual"][1:].isfinite().all()
 
 
 def test_noncontiguous(device):
@@ -185,8 +214,9 @@ def test_compile(device):
     assert torch.equal(other["ssm_state"], given["ssm_state"])
 
 
-def test_cuda_graph(device):
-    given = stack_inputs(KERNEL[1], device)
+@pytest.mark.parametrize("stack", [ONE_TOKEN[1], TOKENS[1]], ids=str)
+def test_cuda_graph(stack, device):
+    given = stack_inputs(stack, device)
 
     def step(residual, conv_state, ssm_state):
         own = [t.clone() for t in (residual, conv_state, ssm_state)]

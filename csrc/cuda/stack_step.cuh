@@ -27,6 +27,7 @@
 #include "mamba2_stack_step_hopper.h"
 #include "ptx.cuh"
 #include "reduce.cuh"
+#include "stack_exchange.cuh"
 #include "step.cuh"
 #include "tokens.cuh"
 
@@ -42,7 +43,6 @@ constexpr int kStackTaps = 4;
 constexpr int kInParams = 2 + 2 * kStackTaps - 1;  // bias; bias, taps and earlier inputs of the convolution
 constexpr int kStepParams = 4;                     // D; norm, alpha and beta of the output
 constexpr int kOutParams = 4;                      // norm, alpha and beta of the layer's input; bias of the output
-constexpr uint32_t kUnwritten = 0xffffffff;
 
 // Activations on their way to a projection, of every layer: an octet of scaled values as bf16, and sums over it of
 // squares and of shifted values.
@@ -68,58 +68,7 @@ struct StackArgs {
   StackLayer layers[kMostStackLayers];
 };
 
-struct Share {
-  int first, count;
-};
-
-// Of `items`, what block `block` has.
-__host__ __device__ inline Share share_of(int items, int block, int blocks) {
-  const int least = items / blocks, more = items % blocks;
-  return {block * least + (block < more ? block : more), least + (block < more)};
-}
-
-// Octets of what is common: one after the other from the block on that has fewest of the `octets` shared out before.
-__host__ __device__ inline Share later_share_of(int items, int octets, int block, int blocks) {
-  const int first = (block - octets % blocks + blocks) % blocks;
-  return {first, first < items ? (items - 1 - first) / blocks + 1 : 0};
-}
-
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-
-__device__ inline bool written(uint32_t v) { return v != kUnwritten; }
-__device__ inline bool written(uint2 v) { return written(v.x) && written(v.y); }
-__device__ inline bool written(uint4 v) { return written(v.x) && written(v.y) && written(v.z) && written(v.w); }
-
-__device__ inline uint4 load_exchanged(const uint4* p) {
-  uint4 v;
-  asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "l"(p)
-               : "memory");
-  return v;
-}
-__device__ inline uint2 load_exchanged(const float2* p) {
-  uint2 v;
-  asm volatile("ld.relaxed.gpu.global.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p) : "memory");
-  return v;
-}
-__device__ inline float load_exchanged(const float* p) {
-  float v;
-  asm volatile("ld.relaxed.gpu.global.f32 %0, [%1];" : "=f"(v) : "l"(p) : "memory");
-  return v;
-}
-__device__ inline void store_exchanged(void* p, uint32_t v) {
-  asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
-}
-__device__ inline void store_exchanged(float2* p, float x, float y) {
-  asm volatile("st.relaxed.gpu.global.v2.f32 [%0], {%1, %2};" ::"l"(p), "f"(x), "f"(y) : "memory");
-}
-
-// By a thread: until a value is there.
-__device__ inline void wait_for(const float* p) {
-  while (!written(__float_as_uint(load_exchanged(p)))) {
-  }
-}
 
 // d[16, 8] += popcount(a[16, 256] & b[256, 8]).
 __device__ inline void mma_bits(int (&d)[4], uint2 low, uint2 high, uint2 b) {
@@ -128,19 +77,6 @@ __device__ inline void mma_bits(int (&d)[4], uint2 low, uint2 high, uint2 b) {
       "{%0, %1, %2, %3};"
       : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
       : "r"(low.x), "r"(high.x), "r"(low.y), "r"(high.y), "r"(b.x), "r"(b.y));
-}
-
-// Reads shared memory where it stands: what can be read again need not keep a register.
-template <typename T>
-__device__ T kept(const T& v) {
-  return *const_cast<const volatile T*>(&v);
-}
-
-// The lane, as news: addresses made of it are made again where they are used, instead of keeping registers.
-__device__ inline int lane_again() {
-  int lane = threadIdx.x % 32;
-  asm volatile("" : "+r"(lane));
-  return lane;
 }
 
 // Two neighbours' activations, the even one's in this lane and the odd one's kStep lanes on. By a whole warp.
