@@ -3,7 +3,7 @@
 //
 // Their states are most of what a processor exchanges with memory. A ring in shared memory holds rounds of them, eight
 // rows of each token; a warp of its own has the copy engine write back what has been computed and bring what comes next
-// in its place.
+// in its place, one copy after the other over the whole layer: what is handed over would wait behind many at once.
 //
 // All blocks need all activations. Two blocks of a cluster share the rows of both, a half of K each, and send each
 // other sums. Weights are operands of the tensor cores as +1 and -1 in bf16, which is what activations pass from block
@@ -38,6 +38,7 @@ constexpr int kInUnits = 2, kOutUnits = 2;  // of a warp, at most
 constexpr int kMostOutOctets = 4;           // of a block
 constexpr int kStateUnitBytes = 8 * kTokenState * 4;
 constexpr int kMostStateUnits = 64;
+constexpr int kCopyCycles = 300;  // from one copy of states to the next
 static_assert(kTokenWarps == 2 * kStackTokens, "two warps share an octet of a token");
 
 struct StackTokensArgs {
@@ -237,27 +238,35 @@ __global__ void __launch_bounds__(kTokenThreads, 1) stack_tokens_kernel(const __
     const auto passed = [&](const uint64_t* barriers, const StateRound& r) {
       return __all_sync(0xffffffff, !has || barrier_passed(shared_address(barriers + r.at * tokens + lane), r.parity));
     };
+    const uint32_t moving = __ballot_sync(0xffffffff, moves);
+    uint32_t next = clock();
+    const auto each_in_turn = [&](auto&& copy) {
+#pragma unroll 1
+      for (uint32_t left = moving; left; left &= left - 1) {
+        while (static_cast<int>(clock() - next) < 0) {
+        }
+        next = clock() + kCopyCycles;
+        if (lane == __ffs(left) - 1) copy();
+      }
+      __syncwarp();
+    };
     while (stored < total) {
       if (arrived < loaded && passed(shared.full, arriving)) {
         arriving.next(inner.count, rounds);
         ++arrived;
       }
       if (loaded == arrived && loaded < total && loaded < free) {
-        if (has) {
-          const SharedAddress full = shared_address(&shared.full[load.at * tokens + lane]);
-          if (moves) {
-            barrier_arrive_expecting(full, kStateUnitBytes);
-            load_bytes(held_of(load), memory_of(load), kStateUnitBytes, full);
-          } else {
-            barrier_arrive(full);
-          }
-        }
-        __syncwarp();
+        const SharedAddress full = shared_address(&shared.full[load.at * tokens + lane]);
+        if (has && !moves) barrier_arrive(full);
+        each_in_turn([&] {
+          barrier_arrive_expecting(full, kStateUnitBytes);
+          load_bytes(held_of(load), memory_of(load), kStateUnitBytes, full);
+        });
         load.next(inner.count, rounds);
         ++loaded;
       }
       if (stored < loaded && passed(shared.done, store)) {
-        if (moves) store_bytes(memory_of(store), held_of(store), kStateUnitBytes);
+        each_in_turn([&] { store_bytes(memory_of(store), held_of(store), kStateUnitBytes); });
         commit_stores();
         store.next(inner.count, rounds);
         ++stored;
