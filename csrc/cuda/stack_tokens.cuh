@@ -33,12 +33,13 @@ constexpr int kTokenWorkers = 32 * kTokenWarps;
 constexpr int kTokenThreads = kTokenWorkers + 32 + 32 * kFetchWarps;
 constexpr int kTokenState = 128;  // elements of a row
 constexpr int kTokenTaps = 4;
-constexpr int kUnitK = 128;                 // of K: a word of weights in each lane of a quad
-constexpr int kInUnits = 2, kOutUnits = 2;  // of a warp, at most
-constexpr int kMostOutOctets = 4;           // of a block
+constexpr int kUnitK = 128;                              // of K: a word of weights in each lane of a quad
+constexpr int kInUnits = 2, kOutUnits = 2;               // of a warp, at most
+constexpr int kMostInnerOctets = 8, kMostOutOctets = 4;  // of a block
 constexpr int kStateUnitBytes = 8 * kTokenState * 4;
 constexpr int kMostStateUnits = 64;
-constexpr int kCopyCycles = 300;  // from one copy of states to the next
+constexpr int kLoadRounds = 2;     // of states, on their way at once
+constexpr int kTurnCycles = 1200;  // in which a copy of each token's states begins
 static_assert(kTokenWarps == 2 * kStackTokens, "two warps share an octet of a token");
 
 struct StackTokensArgs {
@@ -133,6 +134,31 @@ __device__ inline uint32_t pair_of_token(float first, float second) {
 
 #endif
 
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+
+// Copies of what is not needed again: they leave L2 first, where weights and values that are handed over stay.
+__device__ inline uint64_t evict_first() {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
+__device__ inline void load_state(SharedAddress to, const float* from, SharedAddress barrier, uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::
+          "r"(to),
+      "l"(from), "n"(kStateUnitBytes), "r"(barrier), "l"(policy)
+      : "memory");
+}
+
+__device__ inline void store_state(float* to, SharedAddress from, uint64_t policy) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group.L2::cache_hint [%0], [%1], %2, %3;" ::"l"(to), "r"(from),
+               "n"(kStateUnitBytes), "l"(policy)
+               : "memory");
+}
+
+#endif
+
 struct StackTokensShared {
   uint64_t full[kMostStateUnits], done[kMostStateUnits];  // of units of states
   uint64_t sent[2], totals[2];                            // of the projections: sums are here; norms are known
@@ -223,7 +249,7 @@ __global__ void __launch_bounds__(kTokenThreads, 1) stack_tokens_kernel(const __
 
   const auto exchange_of = [&](int layer) { return a.exchange + int64_t(layer) * a.layer_bytes; };
   if (warp == kTokenWarps) {
-    // States, a token a lane: stores in order, and loads, a round at a time, into what has been stored.
+    // States, a token a lane: stores in order, and loads, two rounds at a time, into what has been stored.
     const int total = a.count * inner.count, rounds = a.state_rounds;
     const bool has = lane < tokens, moves = has && shared.slot[lane] >= 0;
     const int64_t first = moves ? shared.slot[lane] * a.ssm_slot + int64_t(8 * inner.first) * kTokenState : 0;
@@ -239,13 +265,15 @@ __global__ void __launch_bounds__(kTokenThreads, 1) stack_tokens_kernel(const __
       return __all_sync(0xffffffff, !has || barrier_passed(shared_address(barriers + r.at * tokens + lane), r.parity));
     };
     const uint32_t moving = __ballot_sync(0xffffffff, moves);
+    const int copy_cycles = kTurnCycles / tokens;
+    const uint64_t policy = evict_first();
     uint32_t next = clock();
     const auto each_in_turn = [&](auto&& copy) {
 #pragma unroll 1
       for (uint32_t left = moving; left; left &= left - 1) {
         while (static_cast<int>(clock() - next) < 0) {
         }
-        next = clock() + kCopyCycles;
+        next = clock() + copy_cycles;
         if (lane == __ffs(left) - 1) copy();
       }
       __syncwarp();
@@ -255,18 +283,21 @@ __global__ void __launch_bounds__(kTokenThreads, 1) stack_tokens_kernel(const __
         arriving.next(inner.count, rounds);
         ++arrived;
       }
-      if (loaded == arrived && loaded < total && loaded < free) {
-        const SharedAddress full = shared_address(&shared.full[load.at * tokens + lane]);
+      if (loaded < arrived + kLoadRounds && loaded < total && loaded < free) {
+        const SharedAddress full = shared_address(&shared.full[load.at * tokens + lane]), held = held_of(load);
+        const float* from = memory_of(load);
         if (has && !moves) barrier_arrive(full);
         each_in_turn([&] {
           barrier_arrive_expecting(full, kStateUnitBytes);
-          load_bytes(held_of(load), memory_of(load), kStateUnitBytes, full);
+          load_state(held, from, full, policy);
         });
         load.next(inner.count, rounds);
         ++loaded;
       }
       if (stored < loaded && passed(shared.done, store)) {
-        each_in_turn([&] { store_bytes(memory_of(store), held_of(store), kStateUnitBytes); });
+        float* to = memory_of(store);
+        const SharedAddress held = held_of(store);
+        each_in_turn([&] { store_state(to, held, policy); });
         commit_stores();
         store.next(inner.count, rounds);
         ++stored;
@@ -662,7 +693,7 @@ __global__ void __launch_bounds__(kTokenThreads, 1) stack_tokens_kernel(const __
       const int token = warp % kStackTokens, half = warp / kStackTokens;
       float square = 0.0f, shifted = 0.0f;
       if (token < tokens && inner.count > 0) {
-        float sum = 0.0f;  // of an octet, lane % 8, and a row of the warp's four, lane / 8
+        float of_octet[kMostInnerOctets] = {};  // of a row, lane / 8: what the lane has of it
         const float2* B_at = reinterpret_cast<const float2*>(exchange + a.common_at) + token * (kTokenState / 2) + lane;
         const float2* step_at = reinterpret_cast<const float2*>(exchange + a.steps_at) + token * a.heads + first_head +
                                 min(lane, shared.head[inner.count - 1]);
@@ -678,8 +709,9 @@ __global__ void __launch_bounds__(kTokenThreads, 1) stack_tokens_kernel(const __
                             __uint_as_float(c.y & 0xffff0000u)};
         const bool held = shared.slot[token] >= 0;
         const float* own = params;
-#pragma unroll 1
-        for (int octet = 0; octet < inner.count; ++octet) {
+#pragma unroll
+        for (int octet = 0; octet < kMostInnerOctets; ++octet) {
+          if (octet >= inner.count) break;
           const int first = 8 * octet + 4 * half;
           const int head = shared.head[octet];
           const float step = __shfl_sync(0xffffffff, __uint_as_float(size.x), head);
@@ -708,10 +740,13 @@ __global__ void __launch_bounds__(kTokenThreads, 1) stack_tokens_kernel(const __
           __syncwarp();
           if (lane == 0) barrier_arrive(shared_address(&shared.done[unit]));
           if (++round == a.state_rounds) round = 0, round_parity ^= 1;
-          const float of_lane = add_lanes(
-              add_halves(add_halves(of_row[0], of_row[2], 16), add_halves(of_row[1], of_row[3], 16), 8), 1, 8);
-          if (lane % 8 == octet) sum = of_lane;
+          of_octet[octet] = add_halves(add_halves(of_row[0], of_row[2], 16), add_halves(of_row[1], of_row[3], 16), 8);
         }
+        // Of an octet, lane % 8, and a row of the warp's four, lane / 8.
+        float of_two[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) of_two[i] = add_halves(of_octet[i], of_octet[i + 4], 4);
+        const float sum = add_halves(add_halves(of_two[0], of_two[2], 2), add_halves(of_two[1], of_two[3], 2), 1);
         const int octet = lane % 8;
         const bool counts = held && octet < inner.count;
         const int row = octet < inner.count ? 8 * octet + 4 * half + lane / 8 : 0;
