@@ -43,7 +43,8 @@ TokensPlan plan_tokens(const StackStep& s) {
   a.slices = static_cast<int>(ceil_div(a.width / (2 * kUnitK), kInUnits));
   a.groups = kTokenWarps / a.slices;
   plan.in_tiles = static_cast<int>(ceil_div(a.in_octets, a.groups));
-  if (a.in_octets > kTokenWarps || a.inner_octets > kMostInnerOctets || plan.in_tiles > kMostInTiles || a.out_octets > kMostOutTiles)
+  if (a.in_octets > kTokenWarps || a.inner_octets > kMostInnerOctets || plan.in_tiles > kMostInTiles ||
+      a.out_octets > kMostOutTiles)
     return plan;
 
   // A layer's exchange, as in the kernel.
