@@ -39,9 +39,10 @@ def machine_name(device: str) -> str:
 
 
 def provenance(device: str) -> dict:
-    """What a figure depends on. A tree without .git takes its commit from BITKERNELS_COMMIT."""
-    commit = _output("git", "rev-parse", "HEAD") or os.environ.get("BITKERNELS_COMMIT", "unknown")
-    changed = _output("git", "status", "--porcelain", "--", ":!benchmarks/results", ":!README.md", ":!docs")
+    """What a figure depends on. A copy of a tree takes its commit from BITKERNELS_COMMIT: its .git may be another's."""
+    named = os.environ.get("BITKERNELS_COMMIT")
+    commit = named or _output("git", "rev-parse", "HEAD") or "unknown"
+    changed = not named and _output("git", "status", "--porcelain", "--", ":!benchmarks/results", ":!README.md", ":!docs")
     return {
         "commit": commit,
         "dirty": bool(changed),
