@@ -42,7 +42,8 @@ def provenance(device: str) -> dict:
     """What a figure depends on. A copy of a tree takes its commit from BITKERNELS_COMMIT: its .git may be another's."""
     named = os.environ.get("BITKERNELS_COMMIT")
     commit = named or _output("git", "rev-parse", "HEAD") or "unknown"
-    changed = not named and _output("git", "status", "--porcelain", "--", ":!benchmarks/results", ":!README.md", ":!docs")
+    elsewhere = ":!benchmarks/results", ":!README.md", ":!docs"
+    changed = not named and _output("git", "status", "--porcelain", "--", *elsewhere)
     return {
         "commit": commit,
         "dirty": bool(changed),
