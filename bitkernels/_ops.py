@@ -25,8 +25,8 @@ torch.ops.load_library(_FOLDER / "_C.so")
 _TORCH_HAS_CUDA = torch.backends.cuda.is_built()
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
-# The packed matmuls, decoding and the forwards of norms and convolution run on CUDA C++ where a toolkit was found when the
-# package was built, and on Triton otherwise; the rest on Triton, but for what the CUDA library takes of the scan.
+# The packed matmuls, decoding and the forwards of norms and convolution run on CUDA C++ where a toolkit was found when
+# the package was built, and on Triton otherwise; the rest on Triton, but for what the CUDA library takes of the scan.
 _PACKED_BACKEND = _SCAN_BACKEND = None
 if _TORCH_HAS_CUDA:
     if (_FOLDER / "_C_cuda.so").is_file():
