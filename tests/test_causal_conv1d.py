@@ -46,6 +46,9 @@ CASES = [
     Case(2, 100, 130, 4, initial=True, seq_idx=True),
     Case(1, 70, 16, 3, seq_idx=True, activation=None),
     Case(2, 40, 24, 1),
+    Case(2, 45, 260, 2, initial=True),
+    Case(2, 100, 132, 4, initial=True, seq_idx=True),
+    Case(1, 100, 64, 4, initial=True, cu_seqlens=(0, 0, 2, 31, 64, 100, 100)),
     Case(1, 50, 20, 6, initial=True),
     Case(1, 100, 70, 4, cu_seqlens=(0, 1, 1, 3, 35, 99, 100)),
     Case(1, 100, 33, 4, initial=True, cu_seqlens=(0, 0, 2, 31, 64, 100, 100)),
@@ -95,6 +98,18 @@ def test_value_and_gradients(case, dtype, device):
             assert t.grad.dtype == t.dtype
             expected = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
             assert_close(f"d{name}", t.grad, expected, TOLERANCE[dtype])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is visible")
+def test_many_tokens():
+    """They are divided into longer strips than few, and have the same bits."""
+    x, weight, bias, initial = inputs(Case(2, 8192, 4096, initial=True), "cuda", torch.bfloat16)[:4]
+    y = bitkernels.causal_conv1d(x, weight, bias, initial)
+    assert torch.equal(y[:, :100], bitkernels.causal_conv1d(x[:, :100], weight, bias, initial))
+    for begin in (3, 4100, 8150):
+        part, before = x[:, begin : begin + 40], x[:, begin - 3 : begin]
+        assert torch.equal(y[:, begin : begin + 40], bitkernels.causal_conv1d(part, weight, bias, before))
 
 
 def test_weight_in_the_dtype_of_x(device):

@@ -98,6 +98,18 @@ def step_layers(given, state_indices=None):
         )  # fmt: skip
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("stack", STACKS, ids=str)
+def test_what_one_kernel_takes(stack):
+    """What it does not take goes the layers' own way, with the same results."""
+    built = torch._C._dispatch_has_kernel_for_dispatch_key("bitkernels::mamba2_stack_step_hopper", "CUDA")
+    if not (built and torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)):
+        pytest.skip("no Hopper GPU is visible")
+    given = stack_inputs(stack, "cuda")
+    given["parameters"] = [t for own in given["parameters"] for t in own]
+    assert torch.ops.bitkernels.mamba2_stack_step_hopper(**given, state_indices=None) == (stack in KERNEL)
+
+
 @pytest.mark.memcheck
 @pytest.mark.parametrize("stack", STACKS, ids=str)
 def test_as_accurate_as_the_layers(stack, device):

@@ -18,7 +18,7 @@ constexpr int kMostInnerOctets = 8, kMostOutOctets = 4;  // of a block
 constexpr int kStateUnitBytes = 8 * kTokenState * 4;
 constexpr int kMostStateUnits = 64;
 constexpr int kLoadRounds = 2;     // of states, on their way at once
-constexpr int kTurnCycles = 1200;  // in which a copy of each token's states begins
+constexpr int kTurnCycles = 1200;  // in which a copy of each token's states begins: of few tokens 1 to 2 % faster
 static_assert(kTokenWarps == 2 * kStackTokens, "two warps share an octet of a token");
 
 struct StackTokensArgs {
