@@ -32,20 +32,26 @@ std::string explain_cluster(const TokenSource& s, const Weights& w) {
 
 template <typename F>
 std::string explain_warpgroup(const TokenSource& s, const Weights& w) {
-  std::string text = "warpgroup: ";
-  with_operand<F>(s.dtype, s.scale, [&](auto operand, auto scales, auto t) {
+  const Product q{s.dtype, s.scale != nullptr, s.M, w.rows, s.K};
+  return with_operand<F>(q, [&](auto operand, auto scales, auto) {
     using Operand = typename decltype(operand)::type;
-    const Plan plan = plan_tiles<Operand>(scales, s.M, w.rows, s.K, processor_count());
-    with_tile<typename Operand::T>(plan.tile, [&](auto tile) {
+    const Plan plan = plan_of<Operand>(scales, q);
+    std::string text = "warpgroup: ";
+    with_tile<Operand>(plan.tile, [&](auto tile) {
       text += "tiles of " + std::to_string(tile.kRows) + " rows times " + std::to_string(tile.kTokens) + " tokens, " +
               std::to_string(plan.blocks) + " block(s) to a tile";
       if (plan.cut.tiles) text += "; the last " + std::to_string(plan.cut.tiles) + " are cut between blocks";
     });
+    if (std::is_same_v<Operand, PairOperand>) {
+      text += "; a kernel before makes sums and differences of pairs of columns, of which a sign needs one";
+    } else if (F::kInteger) {
+      text += "; activations are quantised by a kernel before";
+    } else if (activation_rows<Operand>(s.x, s.M, s.K).bytes) {
+      text += "; activations are copied first: K is no multiple of 8";
+    }
+    if (w.rows % 8 != 0) text += "; outputs leave one by one: N is no multiple of 8";
+    return text;
   });
-  if (F::kInteger) return text + "; activations are quantised by a kernel before";
-  if (activation_rows<F>(s.x, s.M, s.K).bytes) text += "; activations are copied first: K is no multiple of 8";
-  if (w.rows % 8 != 0) text += "; outputs leave one by one: N is no multiple of 8";
-  return text;
 }
 
 template <typename F>

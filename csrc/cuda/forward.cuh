@@ -45,7 +45,7 @@ template <typename F>
 int64_t forward_workspace(const void* activations, int64_t M, int64_t N, int64_t K, DType dtype, bool by_column) {
   const int64_t bits = bits_apply(M, K) ? bits_workspace<F>(dtype, M, N, K) : 0;
   if (warpgroup_applies(dtype, K, by_column)) {
-    const int64_t warpgroup = warpgroup_workspace<F>(activations, dtype, by_column, M, N, K);
+    const int64_t warpgroup = warpgroup_workspace<F>(activations, {dtype, by_column, M, N, K});
     return bits > warpgroup ? bits : warpgroup;
   }
   const Prepared x = prepared<F>(M, K, dtype, nullptr);
@@ -70,7 +70,7 @@ HopperKernel choose_on_hopper(const TokenSource& s, const Weights& w) {
   const bool by_column = s.scale != nullptr;
   const bool warpgroup = warpgroup_applies(s.dtype, s.K, by_column);
   if (bits && (!warpgroup || plan_bits<F>(s.dtype, s.M, w.rows, s.K).cycles <
-                                 warpgroup_cycles<F>(s.dtype, by_column, s.M, w.rows, s.K))) {
+                                 warpgroup_cycles<F>({s.dtype, by_column, s.M, w.rows, s.K}))) {
     return HopperKernel::kBits;
   }
   return warpgroup ? HopperKernel::kWarpgroup : HopperKernel::kNone;

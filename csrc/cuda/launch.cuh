@@ -3,6 +3,7 @@
 
 #include <cuda_runtime.h>
 
+#include <atomic>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
@@ -30,11 +31,20 @@ inline void check(cudaError_t error) {
   if (error != cudaSuccess) throw std::runtime_error(std::string("bitkernels: ") + cudaGetErrorString(error));
 }
 
+// Remembered, as a plan of one call asks a hundred times.
 inline int device_attribute(cudaDeviceAttr attribute) {
+  constexpr int kDevices = 64, kAttributes = 256, kKnown = 1 << 30;
+  static std::atomic<int> known[kDevices][kAttributes];
   int device = 0;
-  int value = 0;
   check(cudaGetDevice(&device));
+  const bool held = device < kDevices && attribute < kAttributes;
+  if (held) {
+    const int value = known[device][attribute].load(std::memory_order_relaxed);
+    if (value & kKnown) return value & ~kKnown;
+  }
+  int value = 0;
   check(cudaDeviceGetAttribute(&value, attribute, device));
+  if (held && value >= 0 && value < kKnown) known[device][attribute].store(value | kKnown, std::memory_order_relaxed);
   return value;
 }
 

@@ -304,96 +304,40 @@ int64_t bytes_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
 int64_t aligned_bytes(int64_t bytes) { return ceil_div(bytes, 256) * 256; }
 
-// Very many: products of the widest tiles, added to the residual as they leave. The norm is not applied before them:
-// its weight goes into the columns' scales, 1 / rms into a token's. Of 16-bit types bf16 alone has the range for that.
+// Very many: products of pairs of columns, added to the residual as they leave. The norm's weight goes into the columns'
+// scales, 1 / rms into a token's. Of 16-bit types bf16 alone has the range for what was not normalised.
 constexpr int64_t kLeastAddedTokens = 2048;
 
-// The sum of the squares of every row, of whole vectors.
-template <typename T>
-__global__ void __launch_bounds__(kNormThreads) squares_kernel(const T* x, float* sums, int K) {
-  __shared__ float scratch[kNormThreads / 32];
-  let_next_kernel_start();
-  wait_for_previous_kernel();
-  float squares = 0.0f;
-  Run<8, T> run;
-  for (int k = 8 * threadIdx.x; k < K; k += 8 * kNormThreads) {
-    run.template load<true>(x + int64_t(blockIdx.x) * K, k, K);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) squares = fmaf(run[i], run[i], squares);
-  }
-  squares = block_reduce(squares, Sum(), scratch);
-  if (threadIdx.x == 0) sums[blockIdx.x] = squares;
-}
-
-// 1 / rms of a token, from parts of the sum of its squares [M / tokens, parts, tokens]; and alpha and beta [K] times
-// the norm's weight, one after the other.
-constexpr int kFoldThreads = 128;
-__global__ void __launch_bounds__(kFoldThreads)
-    fold_norm_kernel(const float* squares, int64_t parts, int64_t tokens, const float* norm, const float* alpha,
-                     const float* beta, Int8Token* of_tokens, float* of_columns, int64_t M, int64_t K, float eps) {
-  let_next_kernel_start();
-  wait_for_previous_kernel();
-  const int64_t i = int64_t(blockIdx.x) * kFoldThreads + threadIdx.x;
-  if (i < M) {
-    const float* own = squares + i / tokens * parts * tokens + i % tokens;
-    float sum = 0.0f;
-#pragma unroll 16
-    for (int64_t part = 0; part < parts; ++part) sum += own[part * tokens];
-    of_tokens[i] = {0, rsqrtf(sum / static_cast<float>(K) + eps)};
-  }
-  if (i < K) {
-    of_columns[i] = alpha[i] * norm[i];
-    of_columns[K + i] = beta[i] * norm[i];
-  }
-}
-
 #ifdef BITKERNELS_SM90A
-
-using AddedOperand = SignOperand<bf16>;
-using AddedTile = std::tuple_element_t<kWidestFloatTile, FloatTiles>;
 
 bool adds(const Mamba2OutStep& p) {
   const PackedLinear& linear = p.linear;
   return linear.M >= kLeastAddedTokens && linear.dtype == DType::kBFloat16 && linear.axis == ScaleAxis::kColumn &&
-         warpgroup_applies(linear.dtype, linear.K, true) && linear.K % 8 == 0 && linear.N % 4 == 0 &&
-         aligned(linear.x, 16) && aligned(p.residual, 16) &&
-         warpgroup_layout<AddedOperand, AddedTile>(ScalesOf::kColumns, linear.K, 1, true).stages >= kLeastStages;
+         warpgroup_applies(linear.dtype, linear.K, true) && linear.N % 4 == 0 && aligned(p.residual, 16);
 }
 
-// Bytes from its start, where the tokens' scales are.
+// Bytes from its start, where the pairs of columns are.
 struct AddedWorkspace {
-  int64_t columns, squares, partials, end;
-  explicit AddedWorkspace(const Mamba2OutStep& p) {
-    columns = aligned_bytes(p.linear.M * int64_t(sizeof(Int8Token)));
-    squares = columns + aligned_bytes(2 * p.linear.K * int64_t(sizeof(float)));
-    partials = squares + (p.squares ? 0 : aligned_bytes(p.linear.M * int64_t(sizeof(float))));
+  int64_t pitch, tokens, partials, end;
+  explicit AddedWorkspace(const PackedLinear& p) : pitch(ceil_div(p.K, kSignsPerWord) * kSignsPerWord) {
+    tokens = aligned_bytes(p.M * pitch * int64_t(sizeof(fp16)));
+    partials = tokens + aligned_bytes(p.M * int64_t(sizeof(Int8Token)));
     end = partials + partial_bytes<AddedTile>(processor_count());
   }
 };
 
 void run_added(const Mamba2OutStep& p, cudaStream_t stream) {
   const PackedLinear& linear = p.linear;
-  const AddedWorkspace places(p);
+  const AddedWorkspace places(linear);
   char* workspace = static_cast<char*>(linear.workspace);
-  Int8Token* tokens = reinterpret_cast<Int8Token*>(workspace);
-  float* columns = reinterpret_cast<float*>(workspace + places.columns);
-  const float* squares = static_cast<const float*>(p.squares);
-  if (!squares) {
-    float* found = reinterpret_cast<float*>(workspace + places.squares);
-    launch(squares_kernel<bf16>, step_grid(dim3(static_cast<unsigned>(linear.M)), kNormThreads), stream,
-           static_cast<const bf16*>(linear.x), found, static_cast<int>(linear.K));
-    squares = found;
-  }
-  launch(fold_norm_kernel,
-         step_grid(dim3(static_cast<unsigned>(ceil_div(std::max(linear.M, linear.K), kFoldThreads))), kFoldThreads),
-         stream, squares, p.squares ? p.square_parts : 1, p.squares ? p.square_tokens : linear.M,
-         static_cast<const float*>(p.norm_weight), static_cast<const float*>(linear.alpha),
-         static_cast<const float*>(linear.beta), tokens, columns, linear.M, linear.K, static_cast<float>(p.eps));
+  Int8Token* tokens = reinterpret_cast<Int8Token*>(workspace + places.tokens);
+  pair_rows<bf16>({linear.x, static_cast<const float*>(linear.alpha), static_cast<const float*>(linear.beta),
+                   static_cast<const float*>(p.norm_weight), static_cast<float>(p.eps),
+                   reinterpret_cast<fp16*>(workspace), tokens, linear.M, linear.K, places.pitch},
+                  stream);
   const Weights w = weights(linear.w_packed, linear.N, ceil_div(linear.K, kSignsPerWord));
   WarpgroupProblem product{};
   product.w = w.packed;
-  product.alpha = columns;
-  product.beta = columns + linear.K;
   product.bias = static_cast<const float*>(linear.bias);
   product.tokens = tokens;
   product.y = p.residual;
@@ -401,12 +345,11 @@ void run_added(const Mamba2OutStep& p, cudaStream_t stream) {
   product.words = w.words;
   product.M = linear.M;
   product.K = linear.K;
-  product.scale_stride = 1;
   product.aligned_words = w.vector;
-  const Plan plan = plan_tiles<AddedOperand>(ScalesOf::kColumns, linear.M, linear.N, linear.K, processor_count(),
-                                             kWidestFloatTile, kWidestFloatTile + 1);
-  run_warpgroup<AddedOperand, ScalesOf::kColumns, AddedTile, float>(linear.x, linear.K, product, plan.blocks, plan.cut,
-                                                                    workspace + places.partials, stream);
+  const Plan plan = plan_tiles<PairOperand>(ScalesOf::kNothing, linear.M, linear.N, linear.K, processor_count(),
+                                            kAddedTile, kAddedTile + 1);
+  run_warpgroup<PairOperand, ScalesOf::kNothing, AddedTile, float>(workspace, places.pitch, product, plan.blocks,
+                                                                   plan.cut, workspace + places.partials, stream);
 }
 
 #endif
@@ -473,7 +416,7 @@ void mamba2_in_step(const Mamba2InStep& p, Executor stream) {
 
 int64_t mamba2_out_step_workspace(const Mamba2OutStep& p) {
 #ifdef BITKERNELS_SM90A
-  if (adds(p)) return AddedWorkspace(p).end;
+  if (adds(p)) return AddedWorkspace(p.linear).end;
 #endif
   const PackedLinear& linear = p.linear;
   return normalised_bytes(linear) + product_bytes(linear) + linear.M * linear.N * bytes_of(linear.dtype);

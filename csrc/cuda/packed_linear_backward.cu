@@ -39,7 +39,7 @@ void run_by_transposition(const PackedLinearBackward& p, cudaStream_t stream) {
 int64_t packed_linear_backward_workspace(const PackedLinearBackward& p) {
   if (by_transposition(p)) {
     return transposed_bytes<1>(p.N, p.K) +
-           warpgroup_workspace<SignF16>(p.grad, p.dtype, p.axis == ScaleAxis::kRow, p.M, p.K, p.N);
+           warpgroup_workspace<SignF16>(p.grad, {p.dtype, p.axis == ScaleAxis::kRow, p.M, p.K, p.N});
   }
   const Prepared dy = prepared<SignColumns::Gradient>(p.M, p.N, p.dtype, nullptr);
   const int64_t partial = p.dalpha ? 2 * gradient_rows(dy) * p.K * sizeof(float) : 0;

@@ -6,7 +6,7 @@ namespace bitkernels::cuda {
 
 int64_t ternary_linear_backward_workspace(const TernaryLinearBackward& p) {
   if (warpgroup_applies(p.dtype, p.N, false)) {
-    return transposed_bytes<2>(p.N, p.K) + warpgroup_workspace<TernaryF16>(p.grad, p.dtype, false, p.M, p.K, p.N);
+    return transposed_bytes<2>(p.N, p.K) + warpgroup_workspace<TernaryF16>(p.grad, {p.dtype, false, p.M, p.K, p.N});
   }
   return prepared_bytes<TernaryColumns::Gradient>(p.M, p.N, p.dtype);
 }

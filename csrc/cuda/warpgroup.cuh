@@ -19,7 +19,7 @@ namespace bitkernels::cuda {
 
 // Sums to outputs.
 struct RowScalars {
-  float scale, bias;
+  float scale, shift, bias;
 };
 
 // Whose turn it is when blocks of eight tokens go round the parts.
@@ -31,6 +31,11 @@ struct Turn {
 };
 
 __device__ inline float finish_row(const RowScalars& r, float sum) { return fmaf(sum, r.scale, r.bias); }
+
+// token: what is added in the units of the activations, and the unit.
+__device__ inline float finish_pairs(const RowScalars& r, float sum, const uint32_t* token) {
+  return fmaf(r.scale, sum * __uint_as_float(token[1]), fmaf(r.shift, __uint_as_float(token[0]), r.bias));
+}
 
 // Of a tile that is added to a residual in float32, a warpgroup's 64 columns pass through shared memory in parts, in
 // boxes of 32 columns. The first parts of the residual come there while products run, and the sums leave as ordinary
@@ -110,7 +115,8 @@ __device__ void consume(const CUtensorMap& output, const WarpgroupProblem& p, Sh
   constexpr bool kColumnScales = kScales == ScalesOf::kColumns;
   constexpr bool kInteger = std::is_same_v<Accumulator, int>;
   constexpr bool kAdds = std::is_same_v<Out, float>;
-  constexpr bool kTokenScales = kInteger || kAdds;
+  constexpr bool kPairs = std::is_same_v<F, PairOperand>;
+  constexpr bool kTokenScales = kInteger || kAdds || kPairs;
   constexpr int kTokensOfThread = (Tile::kTokens + kWarpgroup - 1) / kWarpgroup;
   const int row_group = Tile::kRowGroups == 1 ? 0 : Tile::kSplit == 1 ? group : group % Tile::kRowGroups;
   const int split = Tile::kSplit == 1 ? 0 : group / Tile::kRowGroups;
@@ -200,8 +206,12 @@ __device__ void consume(const CUtensorMap& output, const WarpgroupProblem& p, Sh
         const float beta = p.beta[n * p.scale_stride];
         rows[h] = values_of<typename F::T>(alpha, beta, alpha, beta);
       }
-      scalars[h] = {kScales == ScalesOf::kNothing ? *p.alpha : 1.0f,
-                    p.bias ? p.bias[n] : -0.0f};  // added to a sum, -0 leaves it as it is
+      const float bias = p.bias ? p.bias[n] : -0.0f;  // added to a sum, -0 leaves it as it is
+      if constexpr (kPairs) {
+        scalars[h] = {p.alpha ? p.alpha[n * p.scale_stride] : 1.0f, p.beta ? p.beta[n * p.scale_stride] : 1.0f, bias};
+      } else {
+        scalars[h] = {kScales == ScalesOf::kNothing ? *p.alpha : 1.0f, 0.0f, bias};
+      }
     }
 
     [[maybe_unused]] Int8Token of_tokens[kTokensOfThread];
@@ -213,7 +223,7 @@ __device__ void consume(const CUtensorMap& output, const WarpgroupProblem& p, Sh
     }
 
     Accumulator sums[Tile::kTokens / 2];
-    uint32_t a[2][kTogether][2][4];
+    typename F::Left a[2][kTogether];
     Steps next;
     if (count > 0) {
       barrier_wait(full + 8 * slot, parity);
@@ -226,12 +236,14 @@ __device__ void consume(const CUtensorMap& output, const WarpgroupProblem& p, Sh
       advance();
 #pragma unroll
       for (int first = 0; first < Layout::kSteps; first += kTogether) {
-        uint32_t (&operands)[kTogether][2][4] = a[first / kTogether % 2];
+        typename F::Left(&operands)[kTogether] = a[first / kTogether % 2];
+        if constexpr (kPairs) operand.decode(next.upper, next.lower, operands);
 #pragma unroll
-        for (int i = 0; i < kTogether; ++i) {
+        for (int i = 0; i < kTogether && !kPairs; ++i) {
           const uint32_t (&upper)[F::kWords] = next.upper[(first + i) % kStepsOfBox];
           const uint32_t (&lower)[F::kWords] = next.lower[(first + i) % kStepsOfBox];
-          if constexpr (kColumnScales) {
+          if constexpr (kPairs) {
+          } else if constexpr (kColumnScales) {
             const auto of_column = [&](int k, int) {
               return Values{next.columns[i][k / 2][k % 2 * 2], next.columns[i][k / 2][k % 2 * 2 + 1]};
             };
@@ -259,8 +271,7 @@ __device__ void consume(const CUtensorMap& output, const WarpgroupProblem& p, Sh
           const int step = first + i;
           const int at = step / kStepsOfBox * Tile::kSplit * Tile::kBoxSize + step % kStepsOfBox * kStepBytes;
           const uint64_t b = in_stage + at / 16;
-          wgmma(typename F::T(), sums, operands[i][0], b, s > 0 || step > 0);
-          wgmma(typename F::T(), sums, operands[i][1], b + kStepBytes / 2 / 16, 1);
+          F::multiply(sums, operands[i], b, s > 0 || step > 0, i);
         }
         wgmma_commit();
         if constexpr (kTogether == 1) fetch_next();
@@ -397,7 +408,11 @@ __device__ void consume(const CUtensorMap& output, const WarpgroupProblem& p, Sh
         load_words(my_tokens + (8 * i + 2 * t) * int(sizeof(Int8Token)), pair);
 #pragma unroll
         for (int c = 0; c < 4; ++c) {
-          y[c] = finish_row(scalars[c / 2], sums[4 * i + c] * __uint_as_float(pair[c % 2 * 2 + 1]));
+          if constexpr (kPairs) {
+            y[c] = finish_pairs(scalars[c / 2], sums[4 * i + c], &pair[c % 2 * 2]);
+          } else {
+            y[c] = finish_row(scalars[c / 2], sums[4 * i + c] * __uint_as_float(pair[c % 2 * 2 + 1]));
+          }
         }
       });
     } else {
@@ -416,6 +431,13 @@ __device__ void consume(const CUtensorMap& output, const WarpgroupProblem& p, Sh
           for (int c = 0; c < 4; ++c) {
             const int sum = sums[4 * i + c] - static_cast<int>(pair[c % 2 * 2]);
             y[c] = __fadd_rn(__fmul_rn(__int2float_rn(sum), __uint_as_float(pair[c % 2 * 2 + 1])), scalars[c / 2].bias);
+          }
+        } else if constexpr (kPairs) {
+          uint32_t pair[4];
+          load_words(my_tokens + (8 * i + 2 * t) * int(sizeof(Int8Token)), pair);
+#pragma unroll
+          for (int c = 0; c < 4; ++c) {
+            y[c] = finish_pairs(scalars[c / 2], sums[4 * i + c], &pair[c % 2 * 2]);
           }
         } else {
 #pragma unroll
@@ -486,12 +508,16 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
   if constexpr (kCluster) wait_for_cluster();
   __syncthreads();
   if (group == Tile::kConsumers) {
-    if constexpr (Tile::kUnequalRegisters) asm volatile("setmaxnreg.dec.sync.aligned.u32 72;");
+    if constexpr (Tile::kUnequalRegisters) {
+      asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Tile::kProducerRegisters));
+    }
     constexpr bool kAdds = std::is_same_v<Out, float>;
     produce<F, kScales, Tile, kCluster, kAdds>(activations, output, p, stages, layout.stages, full, empty, rank, blocks,
                                                cluster, clusters);
   } else {
-    if constexpr (Tile::kUnequalRegisters) asm volatile("setmaxnreg.inc.sync.aligned.u32 216;");
+    if constexpr (Tile::kUnequalRegisters) {
+      asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Tile::kConsumerRegisters));
+    }
     consume<F, kScales, Tile, Out, kCluster>(
         output, p, stages, layout.stages, stages + layout.out(), stages + layout.tokens(), stages + layout.parts(),
         stages + layout.scales(), full, empty, received, group, rank, blocks, cluster, clusters);

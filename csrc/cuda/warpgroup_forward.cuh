@@ -4,29 +4,10 @@
 #include <type_traits>
 
 #include "format.cuh"
+#include "pair_rows.cuh"
 #include "warpgroup_plan.cuh"
 
 namespace bitkernels::cuda {
-
-// Rows of activations that the copy engine can read.
-struct ActivationRows {
-  int64_t pitch;   // elements
-  int64_t bytes;   // of the workspace that holds them; 0: the caller's are read in place
-  int64_t tokens;  // bytes of the workspace after them: one Int8Token each
-};
-
-template <typename F>
-ActivationRows activation_rows(const void* x, int64_t M, int64_t K) {
-  constexpr int64_t kBoundary = 256;
-  if (F::kInteger) {
-    const int64_t pitch = ceil_div(K, 16) * 16;
-    return {pitch, ceil_div(M * pitch, kBoundary) * kBoundary,
-            ceil_div(M * int64_t(sizeof(Int8Token)), kBoundary) * kBoundary};
-  }
-  if (K % 8 == 0 && aligned(x, 16)) return {K, 0, 0};
-  const int64_t pitch = ceil_div(K, 8) * 8;
-  return {pitch, ceil_div(M * pitch * 2, kBoundary) * kBoundary, 0};
-}
 
 // Activations and outputs of 16 bits; a table of column scales that leaves room for a tile.
 inline bool warpgroup_applies(DType dtype, int64_t K, bool by_column) {
@@ -100,12 +81,43 @@ __global__ void __launch_bounds__(256) quantize_rows_kernel(const T* x, const fl
 
 inline int processor_count() { return device_attribute(cudaDevAttrMultiProcessorCount); }
 
+struct Product {
+  DType dtype;
+  bool by_column;
+  int64_t M, N, K;
+};
+
+template <class Operand>
+Plan plan_of(ScalesOf scales, const Product& q) {
+  return plan_tiles<Operand>(scales, q.M, q.N, q.K, processor_count());
+}
+
+// What a call is expected to take, in processor cycles, the launches included; activations of bytes or pairs are made by
+// a kernel before.
+template <class Operand>
+int64_t cycles_of(ScalesOf scales, const Product& q) {
+  constexpr int kLaunchCycles = 1500;
+  constexpr int kQuantizeCycles = 3700;
+  constexpr int kPairCycles = 4000;
+  constexpr int64_t kPairsPerCycle = 500;  // elements
+  const int64_t before = std::is_same_v<Operand, TernaryInt8Operand> ? kQuantizeCycles
+                         : std::is_same_v<Operand, PairOperand>      ? kPairCycles + q.M * q.K / kPairsPerCycle
+                                                                     : 0;
+  return kLaunchCycles + before + plan_of<Operand>(scales, q).cycles;
+}
+
+template <typename T>
+bool pairs_pay(const Product& q) {
+  const ScalesOf scales = q.by_column ? ScalesOf::kColumns : ScalesOf::kRows;
+  return cycles_of<PairOperand>(ScalesOf::kNothing, q) < cycles_of<SignOperand<T>>(scales, q);
+}
+
 template <ScalesOf kScales>
 using constant_of = std::integral_constant<ScalesOf, kScales>;
 
-// Calls f with the operand that weights become, what their scales follow and the type of activations and outputs.
+// Calls f with the operand that weights become, what its values follow and the type of activations and outputs.
 template <typename F, typename Function>
-auto with_operand(DType dtype, bool by_column, Function&& f) {
+auto with_operand(const Product& q, Function&& f) {
   using std::type_identity;
   const auto with_type = [&](auto t) {
     using T = decltype(t);
@@ -114,103 +126,98 @@ auto with_operand(DType dtype, bool by_column, Function&& f) {
     } else if constexpr (F::kPerWord == TernaryOperand<T>::kPerWord) {
       return f(type_identity<TernaryOperand<T>>(), constant_of<ScalesOf::kNothing>(), t);
     } else {
-      if (by_column) return f(type_identity<SignOperand<T>>(), constant_of<ScalesOf::kColumns>(), t);
+      if (pairs_pay<T>(q)) return f(type_identity<PairOperand>(), constant_of<ScalesOf::kNothing>(), t);
+      if (q.by_column) return f(type_identity<SignOperand<T>>(), constant_of<ScalesOf::kColumns>(), t);
       return f(type_identity<SignOperand<T>>(), constant_of<ScalesOf::kRows>(), t);
     }
   };
-  return dtype == DType::kBFloat16 ? with_type(bf16()) : with_type(fp16());
-}
-
-// What a call is expected to take, in processor cycles, the launches included; int8 activations are quantised first.
-template <typename F>
-int64_t warpgroup_cycles(DType dtype, bool by_column, int64_t M, int64_t N, int64_t K) {
-  constexpr int kLaunchCycles = 1500;
-  constexpr int kQuantizeCycles = 3700;
-  const int64_t cycles = with_operand<F>(dtype, by_column, [&](auto operand, auto scales, auto) {
-    return plan_tiles<typename decltype(operand)::type>(scales, M, N, K, processor_count()).cycles;
-  });
-  return kLaunchCycles + cycles + (F::kInteger ? kQuantizeCycles : 0);
+  return q.dtype == DType::kBFloat16 ? with_type(bf16()) : with_type(fp16());
 }
 
 template <typename F>
-int64_t warpgroup_workspace(const void* x, DType dtype, bool by_column, int64_t M, int64_t N, int64_t K) {
-  const ActivationRows rows = activation_rows<F>(x, M, K);
-  const int64_t partial = with_operand<F>(dtype, by_column, [&](auto operand, auto scales, auto) {
+int64_t warpgroup_cycles(const Product& q) {
+  return with_operand<F>(
+      q, [&](auto operand, auto scales, auto) { return cycles_of<typename decltype(operand)::type>(scales, q); });
+}
+
+// Rows of activations that the copy engine can read.
+struct ActivationRows {
+  int64_t pitch;   // elements
+  int64_t bytes;   // of the workspace that holds them; 0: the caller's are read in place
+  int64_t tokens;  // bytes of the workspace after them: one Int8Token each
+};
+
+template <class Operand>
+ActivationRows activation_rows(const void* x, int64_t M, int64_t K) {
+  constexpr bool kMade = std::is_same_v<Operand, TernaryInt8Operand> || std::is_same_v<Operand, PairOperand>;
+  constexpr int64_t kColumns = std::is_same_v<Operand, TernaryInt8Operand> ? 16 : kMade ? kSignsPerWord : 8;
+  const auto bytes = [](int64_t count) { return ceil_div(count, 256) * 256; };
+  const int64_t pitch = ceil_div(K, kColumns) * kColumns;
+  if (!kMade && pitch == K && aligned(x, 16)) return {K, 0, 0};
+  return {pitch, bytes(M * pitch * int64_t(sizeof(typename Operand::T))),
+          kMade ? bytes(M * int64_t(sizeof(Int8Token))) : 0};
+}
+
+template <typename F>
+int64_t warpgroup_workspace(const void* x, const Product& q) {
+  return with_operand<F>(q, [&](auto operand, auto scales, auto) {
     using Operand = typename decltype(operand)::type;
-    const Plan plan = plan_tiles<Operand>(scales, M, N, K, processor_count());
-    return with_tile<typename Operand::T>(
+    const ActivationRows rows = activation_rows<Operand>(x, q.M, q.K);
+    const Plan plan = plan_of<Operand>(scales, q);
+    const int64_t partial = with_tile<Operand>(
         plan.tile, [&](auto tile) { return plan.cut.tiles ? partial_bytes<decltype(tile)>(processor_count()) : 0; });
-  });
-  return rows.bytes + rows.tokens + partial;
-}
-
-template <class Operand, ScalesOf kScales, typename Out>
-void run_plan(const void* x, int64_t pitch, const WarpgroupProblem& p, void* partials, cudaStream_t stream) {
-  const Plan plan = plan_tiles<Operand>(kScales, p.M, p.rows, p.K, processor_count());
-  with_tile<typename Operand::T>(plan.tile, [&](auto tile) {
-    run_warpgroup<Operand, kScales, decltype(tile), Out>(x, pitch, p, plan.blocks, plan.cut, partials, stream);
+    return rows.bytes + rows.tokens + partial;
   });
 }
 
 template <typename F>
 void run_warpgroup_forward(const TokenSource& s, const Weights& w, const Epilogue& e, void* workspace,
                            cudaStream_t stream) {
-  const ActivationRows rows = activation_rows<F>(s.x, s.M, s.K);
-  Int8Token* tokens = reinterpret_cast<Int8Token*>(static_cast<char*>(workspace) + rows.bytes);
-  void* partials = static_cast<char*>(workspace) + rows.bytes + rows.tokens;
   const bool by_column = s.scale != nullptr;
-  const WarpgroupProblem p{
-      .x = nullptr,
-      .x_bytes = 0,
-      .w = w.packed,
-      .alpha = by_column ? s.scale : e.scale,
-      .beta = by_column ? s.shift : e.shift,
-      .bias = e.bias,
-      .tokens = tokens,
-      .y = e.out,
-      .rows = w.rows,
-      .words = w.words,
-      .M = s.M,
-      .K = s.K,
-      .scale_stride = static_cast<int>(e.stride),
-      .aligned_words = w.vector,
-      .boxed_output = false,
-      .row_tiles = 0,
-      .tiles = 0,
-      .cut = {},
-      .partials = nullptr,
-      .filled = nullptr,
-  };
-  const void* x = s.x;
-  const auto with_type = [&](auto t) {
+  const Product q{s.dtype, by_column, s.M, w.rows, s.K};
+  with_operand<F>(q, [&](auto operand, auto scales, auto t) {
+    using Operand = typename decltype(operand)::type;
     using T = decltype(t);
-    if constexpr (F::kInteger) {
-      x = workspace;
+    constexpr bool kPairs = std::is_same_v<Operand, PairOperand>;
+    const ActivationRows rows = activation_rows<Operand>(s.x, s.M, s.K);
+    Int8Token* tokens = reinterpret_cast<Int8Token*>(static_cast<char*>(workspace) + rows.bytes);
+    void* partials = static_cast<char*>(workspace) + rows.bytes + rows.tokens;
+    WarpgroupProblem p{};
+    p.w = w.packed;
+    // Of pairs those of columns are in the activations.
+    p.alpha = !by_column ? e.scale : kPairs ? nullptr : s.scale;
+    p.beta = !by_column ? e.shift : kPairs ? nullptr : s.shift;
+    p.bias = e.bias;
+    p.tokens = tokens;
+    p.y = e.out;
+    p.rows = w.rows;
+    p.words = w.words;
+    p.M = s.M;
+    p.K = s.K;
+    p.scale_stride = static_cast<int>(e.stride);
+    p.aligned_words = w.vector;
+    if constexpr (kPairs) {
+      pair_rows<T>({s.x, s.scale, s.shift, nullptr, 0.0f, static_cast<fp16*>(workspace), tokens, s.M, s.K, rows.pitch},
+                   stream);
+    } else if constexpr (F::kInteger) {
       const bool vectors = s.K % 8 == 0 && aligned(s.x, 16);
       const int threads = static_cast<int>(std::min<int64_t>(256, ceil_div(rows.pitch / 16, 32) * 32));
       launch(vectors ? quantize_rows_kernel<T, true> : quantize_rows_kernel<T, false>,
              Grid{dim3(static_cast<unsigned>(s.M)), threads, 0, true}, stream, static_cast<const T*>(s.x), e.scale,
              static_cast<int8_t*>(workspace), tokens, s.K, rows.pitch);
-      run_plan<TernaryInt8Operand, ScalesOf::kNothing, T>(x, rows.pitch, p, partials, stream);
-    } else {
-      if (rows.bytes) {
-        constexpr int kThreads = 256;
-        constexpr int64_t kMostRows = 4096;
-        x = workspace;
-        launch(pad_rows_kernel<T>,
-               Grid{dim3(blocks_for(rows.pitch, kThreads), blocks_for(s.M, 1, kMostRows)), kThreads, 0, true}, stream,
-               static_cast<const T*>(s.x), static_cast<T*>(workspace), s.M, s.K, rows.pitch);
-      }
-      if constexpr (F::kPerWord == TernaryOperand<T>::kPerWord) {
-        run_plan<TernaryOperand<T>, ScalesOf::kNothing, T>(x, rows.pitch, p, partials, stream);
-      } else if (by_column) {
-        run_plan<SignOperand<T>, ScalesOf::kColumns, T>(x, rows.pitch, p, partials, stream);
-      } else {
-        run_plan<SignOperand<T>, ScalesOf::kRows, T>(x, rows.pitch, p, partials, stream);
-      }
+    } else if (rows.bytes) {
+      constexpr int kThreads = 256;
+      constexpr int64_t kMostRows = 4096;
+      launch(pad_rows_kernel<T>,
+             Grid{dim3(blocks_for(rows.pitch, kThreads), blocks_for(s.M, 1, kMostRows)), kThreads, 0, true}, stream,
+             static_cast<const T*>(s.x), static_cast<T*>(workspace), s.M, s.K, rows.pitch);
     }
-  };
-  s.dtype == DType::kBFloat16 ? with_type(bf16()) : with_type(fp16());
+    const Plan plan = plan_of<Operand>(scales, q);
+    with_tile<Operand>(plan.tile, [&](auto tile) {
+      run_warpgroup<Operand, scales, decltype(tile), T>(rows.bytes ? workspace : s.x, rows.pitch, p, plan.blocks,
+                                                        plan.cut, partials, stream);
+    });
+  });
 }
 
 }  // namespace bitkernels::cuda

@@ -18,20 +18,39 @@ using FloatTiles =
                WarpgroupTile<64, 2, 1, 2, 6, 1>, WarpgroupTile<96, 2, 1, 2, 5, 1>, WarpgroupTile<128, 2, 1, 2, 4, 1>,
                WarpgroupTile<176, 2, 1, 2, 4, 1>, WarpgroupTile<216, 2, 1, 1, 5, 1>, WarpgroupTile<256, 2, 1, 1, 4, 1>,
                WarpgroupTile<128, 3, 1, 2, 4, 1>>;
-template <typename T>
-using Tiles = std::conditional_t<std::is_same_v<T, int8_t>, Int8Tiles, FloatTiles>;
-template <typename T>
-constexpr int kTiles = std::tuple_size_v<Tiles<T>>;
-constexpr int kWidestFloatTile = 8;
-static_assert(std::tuple_element_t<kWidestFloatTile, FloatTiles>::kTokens == 256);
+// A tile of twice as many rows as tokens: what each warpgroup reads of the activations is what limits products of pairs,
+// and what comes into shared memory is the same for all.
+using PairTiles =
+    std::tuple<WarpgroupTile<64, 2, 1, 2, 6, 1>, WarpgroupTile<96, 2, 1, 2, 5, 1>, WarpgroupTile<128, 2, 1, 2, 5, 1>,
+               WarpgroupTile<64, 4, 1, 2, 6, 1>, WarpgroupTile<96, 4, 1, 2, 5, 1>, WarpgroupTile<128, 3, 1, 2, 5, 1>,
+               WarpgroupTile<128, 4, 1, 2, 4, 1>, WarpgroupTile<192, 2, 1, 2, 4, 1>>;
+template <class F>
+struct TilesOf {
+  using type = FloatTiles;
+};
+template <>
+struct TilesOf<TernaryInt8Operand> {
+  using type = Int8Tiles;
+};
+template <>
+struct TilesOf<PairOperand> {
+  using type = PairTiles;
+};
+template <class F>
+using Tiles = typename TilesOf<F>::type;
+template <class F>
+constexpr int kTiles = std::tuple_size_v<Tiles<F>>;
+// What products that are added to a residual take.
+constexpr int kAddedTile = 6;
+using AddedTile = std::tuple_element_t<kAddedTile, PairTiles>;
 
 // Calls f with the chosen tile.
-template <typename T, int tile = 0, typename Function>
+template <class F, int tile = 0, typename Function>
 auto with_tile(int chosen, Function&& f) {
-  if constexpr (tile + 1 < kTiles<T>) {
-    if (chosen != tile) return with_tile<T, tile + 1>(chosen, f);
+  if constexpr (tile + 1 < kTiles<F>) {
+    if (chosen != tile) return with_tile<F, tile + 1>(chosen, f);
   }
-  return f(std::tuple_element_t<tile, Tiles<T>>());
+  return f(std::tuple_element_t<tile, Tiles<F>>());
 }
 
 struct Plan {
@@ -47,10 +66,17 @@ struct Plan {
 struct TileCost {
   int step, rest;
 };
-constexpr TileCost kFloatTileCosts[kTiles<bf16>] = {{95, 3100},  {105, 3100}, {110, 2800}, {214, 1400}, {259, 800},
-                                                    {291, 2300}, {396, 2900}, {495, 2500}, {537, 5700}, {430, 3000}};
-constexpr TileCost kInt8TileCosts[kTiles<int8_t>] = {{150, 3100}, {160, 3100}, {170, 2800}, {300, 1400}, {305, 1000},
-                                                     {310, 1000}, {425, 1000}, {462, 1000}, {524, 2600}};
+template <class F>
+constexpr TileCost tile_cost(int tile) {
+  constexpr TileCost kFloat[] = {{95, 3100},  {105, 3100}, {110, 2800}, {214, 1400}, {259, 800},
+                                 {291, 2300}, {396, 2900}, {495, 2500}, {537, 5700}, {430, 3000}};
+  constexpr TileCost kInt8[] = {{150, 3100}, {160, 3100}, {170, 2800}, {300, 1400}, {305, 1000},
+                                {310, 1000}, {425, 1000}, {462, 1000}, {524, 2600}};
+  constexpr TileCost kPairs[] = {{120, 2000}, {150, 2200}, {181, 2300}, {200, 2800},
+                                 {270, 3300}, {270, 2850}, {340, 3700}, {330, 3500}};
+  if constexpr (std::is_same_v<F, PairOperand>) return kPairs[tile];
+  else return std::is_same_v<F, TernaryInt8Operand> ? kInt8[tile] : kFloat[tile];
+}
 // With so few boxes of a token in all stages, a step of the float formats costs a tenth more: the copy engine does not
 // keep ahead.
 constexpr int kFewBoxes = 3;
@@ -109,16 +135,16 @@ PricedCut price_cut(int64_t tiles, int64_t stages, int64_t processors, int64_t s
 // The plan of least cost: rounds of tiles over the processors, times what a tile costs. Of the tiles [first, end).
 template <class F>
 Plan plan_tiles(ScalesOf scales, int64_t M, int64_t N, int64_t K, int processors, int first = 0,
-                int end = kTiles<typename F::T>) {
+                int end = kTiles<F>) {
   using T = typename F::T;
   const int64_t steps = ceil_div(K * sizeof(T), kStepBytes);
   Plan best{first, 1, {}, INT64_MAX};
   for (int i = first; i < end; ++i) {
-    with_tile<T>(i, [&](auto tile) {
+    with_tile<F>(i, [&](auto tile) {
       using Tile = decltype(tile);
       using Layout = WarpgroupLayout<F, Tile>;
       constexpr bool kInteger = std::is_same_v<T, int8_t>;
-      const auto [fed_step, rest] = kInteger ? kInt8TileCosts[i] : kFloatTileCosts[i];
+      const auto [fed_step, rest] = tile_cost<F>(i);
       const int64_t tiles = ceil_div(N, Tile::kRows) * ceil_div(M, Tile::kTokens);
       for (int blocks = 1; blocks <= (Tile::kSplits ? kMostCluster : 1); ++blocks) {
         // Clusters pay where processors would idle; a second round of them costs a second start.

@@ -77,7 +77,9 @@ struct WarpgroupTile {
   static constexpr int kThreads = kWarpgroup * (kConsumers + 1);
   static constexpr int kBlocksOfEight = kTokens / 8;
   // Many sums need more registers than an equal share.
-  static constexpr bool kUnequalRegisters = kTokens >= 128 && kConsumers == 2;
+  static constexpr bool kUnequalRegisters = kTokens >= 128 && (kConsumers != 3 || kTokens > 128);
+  static constexpr int kProducerRegisters = kConsumers == 2 ? 72 : 32;
+  static constexpr int kConsumerRegisters = kConsumers == 2 ? 216 : 112;
 
   static constexpr int kBoxSize = kTokens * kBoxBytes;
   static constexpr int kActivationBytes = kBoxes * kBoxSize;
@@ -116,7 +118,10 @@ struct WarpgroupLayout {
   // Steps whose operands are made together, and then their products. Two pay for signs, in stages of four, where there
   // are registers for their operands.
   static constexpr bool kSigns = F::kWords == 1;
-  static constexpr int kTogether = kSigns && kSteps >= 4 && Tile::kConsumers == 2 && Tile::kResident == 1 ? 2 : 1;
+  static constexpr bool kTokens = std::is_same_v<T, int8_t> || std::is_same_v<F, PairOperand>;
+  static constexpr bool kPairs = std::is_same_v<F, PairOperand>;
+  static constexpr int kTogether =
+      kPairs || (kSigns && kSteps >= 4 && Tile::kConsumers == 2 && Tile::kResident == 1) ? 2 : 1;
   static_assert(kSteps % (2 * kTogether) == 0 && Tile::kBoxes % Tile::kSplit == 0);
 
   // Where things lie in shared memory, from its first multiple of 1024.
@@ -125,7 +130,7 @@ struct WarpgroupLayout {
   int64_t scale_bytes;
   __host__ __device__ int64_t out() const { return int64_t(stages) * kStageBytes; }
   __host__ __device__ int64_t tokens() const { return out() + Tile::kOutBytes; }
-  __host__ __device__ int64_t parts() const { return tokens() + (std::is_same_v<T, int8_t> ? Tile::kTokenBytes : 0); }
+  __host__ __device__ int64_t parts() const { return tokens() + (kTokens ? Tile::kTokenBytes : 0); }
   __host__ __device__ int64_t scales() const { return parts() + part_bytes; }
   __host__ __device__ int64_t barriers() const { return scales() + scale_bytes; }
   __host__ __device__ int64_t bytes() const { return 1024 + barriers() + 8 * (2 * stages + Tile::kConsumers); }

@@ -131,6 +131,25 @@ BITKERNELS_WGMMA_8(128, 64, 65, 66, 67, 68, 69)
 BITKERNELS_WGMMA_8(176, 88, 89, 90, 91, 92, 93)
 BITKERNELS_WGMMA_8(208, 104, 105, 106, 107, 108, 109)
 BITKERNELS_WGMMA_8(256, 128, 129, 130, 131, 132, 133)
+// a is [64, 32], of which of every four neighbours one of the first two and one of the last two are not zero. These
+// lie as a [64, 16] would; `kept` says which they are: in lanes 2 kept_in and 2 kept_in + 1 of a quad, of columns 0 to 15
+// and 16 to 31, two bits a value, of row g and above them of row g + 8.
+#define BITKERNELS_WGMMA_PAIRS(n, a0, a1, a2, a3, desc, kept, kept_in, flag)                                            \
+  template <int lanes>                                                                                                  \
+  __device__ __forceinline__ void wgmma_pairs(float (&d)[n / 2], const uint32_t (&a)[4], uint32_t columns, uint64_t b,  \
+                                              int accumulate) {                                                         \
+    asm volatile("{.reg .pred p; setp.ne.b32 p, %" #flag ", 0;\n"                                                       \
+                 "wgmma.mma_async.sp.sync.aligned.m64n" #n "k32.f32.f16.f16 {" BITKERNELS_L##n "}, "                    \
+                 "{%" #a0 ", %" #a1 ", %" #a2 ", %" #a3 "}, %" #desc ", %" #kept ", %" #kept_in ", p, 1, 1, 0;}\n"      \
+                 : BITKERNELS_O##n("+f")                                                                                \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(columns), "n"(lanes), "r"(accumulate));      \
+  }
+BITKERNELS_WGMMA_PAIRS(64, 32, 33, 34, 35, 36, 37, 38, 39)
+BITKERNELS_WGMMA_PAIRS(96, 48, 49, 50, 51, 52, 53, 54, 55)
+BITKERNELS_WGMMA_PAIRS(128, 64, 65, 66, 67, 68, 69, 70, 71)
+BITKERNELS_WGMMA_PAIRS(192, 96, 97, 98, 99, 100, 101, 102, 103)
+BITKERNELS_WGMMA_PAIRS(256, 128, 129, 130, 131, 132, 133, 134, 135)
+#undef BITKERNELS_WGMMA_PAIRS
 // Both operands in shared memory, each K-major, or as it stands: its rows along the dimension that is summed over.
 #define BITKERNELS_WGMMA_SHARED_OF(T, n, types, desc_a, desc_b, flag, rows_a, rows_b)                                   \
   template <int a_rows, int b_rows>                                                                                     \
