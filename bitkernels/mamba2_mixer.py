@@ -88,22 +88,21 @@ def gated_mixer(
     cu_seqlens: Tensor | None = None,
     ngroups: int = 1,
     chunk_size: int = 64,
-) -> tuple[Tensor, Tensor | None, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """``mamba2_mixer`` up to its norm, for inference: :func:`bitkernels.mamba2_out_step` applies that in its product.
 
     Returns:
-        (``ssd_scan(...) * silu(z)`` [B, T, H P]; what that product takes as ``squares``, or None where they would cost
-        a pass of their own; the states after the last token).
+        (``ssd_scan(...) * silu(z)`` [B, T, H P]; the states after the last token).
     """
-    heads, channels = A.shape[0], conv_weight.shape[0]
+    heads, channels, ops = A.shape[0], conv_weight.shape[0], torch.ops.bitkernels
     z, xbc, dt = _split(zxbcdt, channels, heads)
-    xbc = torch.ops.bitkernels.causal_conv1d(xbc, conv_weight, conv_bias, initial_conv_state, None, cu_seqlens, True)
+    xbc = ops.causal_conv1d(xbc, conv_weight, conv_bias, initial_conv_state, None, cu_seqlens, True)
     x, B, C = _split_conv(xbc, z.shape[2], heads, ngroups)
-    gate = z.unflatten(2, (heads, -1))
-    y, final_states, squares = _gated_scan(
-        x, dt, A, B, C, D, gate, dt_bias, initial_states, cu_seqlens, chunk_size
+    y, final_states = ops.ssd_scan(
+        x, dt, A, B, C, D, z.unflatten(2, (heads, -1)), dt_bias, initial_states, None, cu_seqlens, True, 0.0, None,
+        chunk_size,
     )  # fmt: skip
-    return y.flatten(2), squares, final_states
+    return y.flatten(2), final_states
 
 
 def _check(op: str, zxbcdt, conv_weight, A, norm_weight, ngroups) -> None:
@@ -134,21 +133,6 @@ def _split_conv(xbc: Tensor, width: int, heads: int, ngroups: int) -> tuple[Tens
     x, B, C = xbc.split([width, state, state], -1)
     lead, groups = x.shape[:2], (ngroups, state // ngroups)
     return x.view(*lead, heads, width // heads), B.view(*lead, *groups), C.view(*lead, *groups)
-
-
-def _gated_scan(x, dt, A, B, C, D, z, dt_bias, initial_states, cu_seqlens, chunk_size):
-    """y, the final states, and the sums of the squares of each head's outputs [B, H, T] where they cost nothing."""
-    ops = torch.ops.bitkernels
-    if x.is_cuda:
-        division = ops.ssd_scan_division(x, B, C, z, initial_states, None, cu_seqlens)
-        if division[0] > 0:
-            return ops.ssd_scan_hopper(
-                x, dt, A, B, C, D, z, dt_bias, initial_states, True, 0.0, None, *division, True
-            )  # fmt: skip
-    y, final_states = ops.ssd_scan(
-        x, dt, A, B, C, D, z, dt_bias, initial_states, None, cu_seqlens, True, 0.0, None, chunk_size
-    )  # fmt: skip
-    return y, final_states, None
 
 
 def _norm_backward(dy, y, z, weight, eps, group_size, dz):

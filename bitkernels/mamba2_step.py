@@ -1,5 +1,7 @@
 """``mamba2_step``: a decode step of the Mamba-2 block; ``mamba2_in_step`` and ``mamba2_out_step``: its ends."""
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -15,8 +17,8 @@ def mamba2_in_step(
     w_packed: Tensor,
     alpha: Tensor,
     beta: Tensor,
-    conv_state: Tensor,
-    conv_weight: Tensor,
+    conv_state: Tensor | None,
+    conv_weight: Tensor | None,
     conv_bias: Tensor | None,
     conv_start: int,
     dtype: torch.dtype,
@@ -27,15 +29,16 @@ def mamba2_in_step(
     """One token: RMSNorm, the packed input projection, and the causal convolution's step over some of its columns.
 
     ``y = packed_linear(rms_norm(residual) * norm_weight)``, and then
-    ``y[:, conv_start:conv_start + C] = causal_conv1d_step(conv_state, those columns)`` with SiLU.
+    ``y[:, conv_start:conv_start + C] = causal_conv1d_step(conv_state, those columns)`` with SiLU. Without conv_state
+    norm and projection alone, of tokens of any kind: of a prompt, see ``one_product``.
 
     Args:
         residual: [B, K], float32 (float64 where dtype is).
         norm_weight: [K], any floating dtype.
         w_packed, alpha, beta, bias: of :func:`bitkernels.packed_linear`, with N rows.
         conv_state: [B, W - 1, C], any floating dtype of activations, the inputs before this token, oldest first;
-            overwritten with the last W - 1 inputs. With state_indices [slots, W - 1, C].
-        conv_weight: [C, W], any floating dtype.
+            overwritten with the last W - 1 inputs. With state_indices [slots, W - 1, C]. Or None.
+        conv_weight: [C, W], any floating dtype; None where conv_state is.
         conv_bias: [C], optional.
         conv_start: the first of the C columns that the convolution takes.
         dtype: of the result and of what enters the convolution: float32, bfloat16 or float16 (float64 on the CPU).
@@ -64,7 +67,6 @@ def mamba2_out_step(
     beta: Tensor,
     bias: Tensor | None = None,
     eps: float = 1e-5,
-    squares: Tensor | None = None,
 ) -> None:
     """One token: ``residual += packed_linear(rms_norm(y) * norm_weight)``. Many: see ``one_product``.
 
@@ -74,24 +76,26 @@ def mamba2_out_step(
         norm_weight: [K], any floating dtype.
         w_packed, alpha, beta, bias: of :func:`bitkernels.packed_linear`, with N rows.
         eps: added to the mean square.
-        squares: float32 [S, parts, B / S], parts that add up to the sum of the squares of a row of y; it need not be
-            found from y then.
 
     Not differentiable.
 
     Raises:
         ValueError: an argument's dtype, shape or device does not fit; the message names it.
     """
-    torch.ops.bitkernels.mamba2_out_step(residual, y, norm_weight, w_packed, alpha, beta, bias, eps, squares)
+    torch.ops.bitkernels.mamba2_out_step(residual, y, norm_weight, w_packed, alpha, beta, bias, eps)
 
 
-def one_product(y: Tensor, alpha: Tensor) -> bool:
-    """Whether ``mamba2_out_step`` of y is a product that takes norm and sum along: on Hopper GPUs, for many tokens of
-    bf16, with a scale for every column."""
-    if y.numel() < ONE_PRODUCT_TOKENS * y.shape[-1] or y.dtype != torch.bfloat16 or alpha.numel() != y.shape[-1]:
+def one_product(tokens: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the products at a block's ends take norm and sum along: on Hopper GPUs, for many tokens of bf16. Then
+    ``mamba2_in_step`` and ``mamba2_out_step`` are the way to read a prompt."""
+    if tokens < ONE_PRODUCT_TOKENS or dtype != torch.bfloat16 or device.type != "cuda":
         return False
-    built = y.is_cuda and torch._C._dispatch_has_kernel_for_dispatch_key("bitkernels::ssd_scan_hopper", "CUDA")
-    return built and torch.cuda.get_device_capability(y.device) == (9, 0)
+    return _has_hopper_kernels() and torch.cuda.get_device_capability(device) == (9, 0)
+
+
+@functools.cache
+def _has_hopper_kernels() -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key("bitkernels::ssd_scan_hopper", "CUDA")
 
 
 def mamba2_step(
@@ -159,7 +163,7 @@ def _(
 
 
 @torch.library.register_fake("bitkernels::mamba2_out_step")
-def _(residual, y, norm_weight, w_packed, alpha, beta, bias=None, eps=1e-5, squares=None):
+def _(residual, y, norm_weight, w_packed, alpha, beta, bias=None, eps=1e-5):
     torch._check(y.dim() == 2, lambda: f"mamba2_out_step: y must be [B, K], got {list(y.shape)}")
 
 

@@ -348,16 +348,18 @@ def mamba2_in_step(
     w_packed: Tensor,
     alpha: Tensor,
     beta: Tensor,
-    conv_state: Tensor,  # [B, W - 1, C], or [slots, W - 1, C] with state_indices; updated in place
-    conv_weight: Tensor,  # [C, W]
+    conv_state: Tensor | None,  # [B, W - 1, C], or [slots, W - 1, C] with state_indices; updated in place
+    conv_weight: Tensor | None,  # [C, W]
     conv_bias: Tensor | None,
     conv_start: int,
     bias: Tensor | None = None,
     eps: float = 1e-5,
     state_indices: Tensor | None = None,  # int [B], the slot of each request, negative: none
 ) -> Tensor:
-    """Norm, projection, and a step of the convolution over columns [conv_start, conv_start + C): [B, N]."""
+    """Norm, projection, and a step of the convolution over columns [conv_start, conv_start + C), if any: [B, N]."""
     y = packed_linear(F.rms_norm(residual, residual.shape[-1:], norm_weight, eps), w_packed, alpha, beta, bias)
+    if conv_state is None:
+        return y
     slots = torch.arange(len(residual)) if state_indices is None else state_indices.long()
     own = conv_state.new_zeros(len(residual), *conv_state.shape[1:])
     own[slots >= 0] = conv_state[slots[slots >= 0]]

@@ -110,11 +110,9 @@ def _(
 
 @torch.library.register_fake("bitkernels::ssd_scan_hopper")
 def _(
-    x, dt, A, B, C, D, z, dt_bias, initial_states, dt_softplus, dt_min, dt_max, parts, states_cost, turns=1,
-    squares=False,
+    x, dt, A, B, C, D, z, dt_bias, initial_states, dt_softplus, dt_min, dt_max, parts, states_cost, turns=1
 ):  # fmt: skip
-    sums = x.new_empty(x.shape[0], x.shape[2], x.shape[1] * squares, dtype=torch.float32)
-    return *torch.ops.bitkernels.ssd_scan(x, dt, A, B, C, D, z, dt_bias, initial_states), sums
+    return torch.ops.bitkernels.ssd_scan(x, dt, A, B, C, D, z, dt_bias, initial_states)
 
 
 @torch.library.register_fake("bitkernels::ssd_scan_backward_hopper")

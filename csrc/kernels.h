@@ -76,12 +76,12 @@ struct ConvStep {
 struct SsdStep;  // mixer_kernels.h
 
 // The first part of a decode step of the Mamba-2 block: linear of the normalised residual, then the convolution.
-// Row m of the normalised x is x[m] / sqrt(mean(x[m]^2) + eps) * norm_weight.
+// Without that, of any number of tokens. Row m of the normalised x is x[m] / sqrt(mean(x[m]^2) + eps) * norm_weight.
 struct Mamba2InStep {
   PackedLinear linear;      // x is fp32, fp64 where dtype is; y takes the convolution in place
   const void* norm_weight;  // [K]
   double eps;
-  ConvStep conv;
+  ConvStep conv;        // of no channels: none
   const SsdStep* next;  // the step that follows, or null: its states may be asked for early
 };
 int64_t mamba2_in_step_workspace(const Mamba2InStep&);
@@ -93,10 +93,6 @@ struct Mamba2OutStep {
   const void* norm_weight;  // [K]
   double eps;
   void* residual;  // [M, N] fp32, fp64 where dtype is
-  // fp32 [M / square_tokens, square_parts, square_tokens]: the parts add up to the sum of a row's squares, which need
-  // not be found from x then. Or null.
-  const void* squares;
-  int64_t square_parts, square_tokens;
 };
 int64_t mamba2_out_step_workspace(const Mamba2OutStep&);
 void mamba2_out_step(const Mamba2OutStep&, Executor);

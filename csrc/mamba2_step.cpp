@@ -5,29 +5,32 @@ namespace bitkernels {
 namespace {
 
 Tensor mamba2_in_step(const Tensor& residual, const Tensor& norm_weight, const Tensor& w_packed, const Tensor& alpha,
-                      const Tensor& beta, Tensor conv_state, const Tensor& conv_weight,
-                      const std::optional<Tensor>& conv_bias, int64_t conv_start, ScalarType dtype,
-                      const std::optional<Tensor>& bias, double eps, const std::optional<Tensor>& state_indices) {
+                      const Tensor& beta, const std::optional<Tensor>& conv_state,
+                      const std::optional<Tensor>& conv_weight, const std::optional<Tensor>& conv_bias,
+                      int64_t conv_start, ScalarType dtype, const std::optional<Tensor>& bias, double eps,
+                      const std::optional<Tensor>& state_indices) {
   constexpr const char* op = "mamba2_in_step";
   check_dtype(op, "residual", residual, scale_type(dtype));
-  InStep step(op, residual,
-              NormedProjection(op, "residual", residual, norm_weight, w_packed, alpha, beta, bias, "dtype", dtype),
-              conv_state, conv_weight, conv_bias, conv_start, eps, state_indices);
+  check_argument(conv_state.has_value() == conv_weight.has_value(), op,
+                 ": conv_state and conv_weight must be given together");
+  NormedProjection projection(op, "residual", residual, norm_weight, w_packed, alpha, beta, bias, "dtype", dtype);
+  InStep step = conv_state ? InStep(op, residual, std::move(projection), *conv_state, *conv_weight, conv_bias,
+                                    conv_start, eps, state_indices)
+                           : InStep(std::move(projection), eps);
   Tensor y = torch::stable::new_empty(residual, {residual.size(0), step.projection.args.N}, dtype);
   if (y.numel() == 0) return y;
   step.run(y, Launch(residual));
-  copy_back(conv_state, step.conv_state);
+  if (conv_state) copy_back(*conv_state, *step.conv_state);
   return y;
 }
 
 void mamba2_out_step(Tensor residual, const Tensor& y, const Tensor& norm_weight, const Tensor& w_packed,
-                     const Tensor& alpha, const Tensor& beta, const std::optional<Tensor>& bias, double eps,
-                     const std::optional<Tensor>& squares) {
+                     const Tensor& alpha, const Tensor& beta, const std::optional<Tensor>& bias, double eps) {
   constexpr const char* op = "mamba2_out_step";
   check_same_device(op, "residual", residual, y);
   NormedProjection projection(op, "y", y, norm_weight, w_packed, alpha, beta, bias, "y", y.scalar_type());
   check_dtype(op, "residual", residual, scale_type(y.scalar_type()));
-  OutStep step(op, std::move(projection), residual, eps, squares);
+  OutStep step(op, std::move(projection), residual, eps);
   if (residual.numel() == 0) return;
   step.run(Launch(y));
   copy_back(residual, step.residual);
@@ -122,7 +125,7 @@ void mamba2_step(Tensor residual, const Tensor& in_norm, const Tensor& in_packed
   in.run(projected, launch);
   BITKERNELS_BACKEND::ssd_step(step, launch);
   out.run(launch);
-  copy_back(conv_state, in.conv_state);
+  copy_back(conv_state, *in.conv_state);
   copy_back(ssm_state, state);
   copy_back(residual, out.residual);
 }

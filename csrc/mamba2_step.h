@@ -55,16 +55,23 @@ struct NormedProjection {
   }
 };
 
-// With a step of the convolution over some columns.
+// With a step of the convolution over some columns, or without.
 struct InStep {
   NormedProjection projection;
-  Tensor conv_weight, conv_state;
-  std::optional<Tensor> conv_bias, state_indices;
+  std::optional<Tensor> conv_weight, conv_state, conv_bias, state_indices;
   BITKERNELS_BACKEND::Mamba2InStep args;
+
+  InStep(NormedProjection normed, double eps) : projection(std::move(normed)) {
+    args = {.linear = projection.args,
+            .norm_weight = projection.norm_weight.const_data_ptr(),
+            .eps = eps,
+            .conv = {},
+            .next = nullptr};
+  }
 
   InStep(const char* op, const Tensor& residual, NormedProjection normed, const Tensor& state, const Tensor& weight,
          const std::optional<Tensor>& bias, int64_t conv_start, double eps, const std::optional<Tensor>& indices)
-      : projection(std::move(normed)), conv_weight(weight), conv_state(state) {
+      : InStep(std::move(normed), eps) {
     const int64_t batch = residual.size(0), N = projection.args.N;
     check_same_device(op, "conv_weight", weight, residual);
     check_floating(op, "conv_weight", weight);
@@ -86,21 +93,17 @@ struct InStep {
     conv_bias = as_dtype(bias, residual.scalar_type());
     conv_state = inner_dense(state);
     state_indices = dense_integers(indices);
-    args = {.linear = projection.args,
-            .norm_weight = projection.norm_weight.const_data_ptr(),
-            .eps = eps,
-            .conv = {.state = conv_state.mutable_data_ptr(),
-                     .weight = conv_weight.const_data_ptr(),
-                     .bias = data_or_null(conv_bias),
-                     .state_indices = static_cast<const int64_t*>(data_or_null(state_indices)),
-                     .state_dtype = state_dtype,
-                     .state_batch = conv_state.stride(0),
-                     .state_row = conv_state.stride(1),
-                     .slots = conv_state.size(0),
-                     .first = conv_start,
-                     .channels = channels,
-                     .W = W},
-            .next = nullptr};
+    args.conv = {.state = conv_state->mutable_data_ptr(),
+                 .weight = conv_weight->const_data_ptr(),
+                 .bias = data_or_null(conv_bias),
+                 .state_indices = static_cast<const int64_t*>(data_or_null(state_indices)),
+                 .state_dtype = state_dtype,
+                 .state_batch = conv_state->stride(0),
+                 .state_row = conv_state->stride(1),
+                 .slots = conv_state->size(0),
+                 .first = conv_start,
+                 .channels = channels,
+                 .W = W};
   }
 
   void run(Tensor& y, const Launch& launch) {
@@ -115,30 +118,16 @@ struct InStep {
 struct OutStep {
   NormedProjection projection;
   Tensor residual;
-  std::optional<Tensor> squares;
   BITKERNELS_BACKEND::Mamba2OutStep args;
 
-  OutStep(const char* op, NormedProjection normed, const Tensor& sum, double eps,
-          const std::optional<Tensor>& sums_of_squares = std::nullopt)
+  OutStep(const char* op, NormedProjection normed, const Tensor& sum, double eps)
       : projection(std::move(normed)), residual(sum) {
     check_shape(op, "residual", sum, {projection.args.M, projection.args.N});
-    if (sums_of_squares) {
-      check_same_device(op, "squares", *sums_of_squares, sum);
-      check_dtype(op, "squares", *sums_of_squares, ScalarType::Float);
-      check_rank(op, "squares", *sums_of_squares, 3, "[S, parts, B / S]");
-      check_argument(sums_of_squares->size(0) * sums_of_squares->size(2) == projection.args.M, op,
-                     ": squares must be [S, parts, B / S] for B = ", projection.args.M, ", got ",
-                     shape(*sums_of_squares));
-      squares = dense(*sums_of_squares);
-    }
     residual = dense(sum);
     args = {.linear = projection.args,
             .norm_weight = projection.norm_weight.const_data_ptr(),
             .eps = eps,
-            .residual = residual.mutable_data_ptr(),
-            .squares = data_or_null(squares),
-            .square_parts = squares ? squares->size(1) : 0,
-            .square_tokens = squares ? squares->size(2) : 0};
+            .residual = residual.mutable_data_ptr()};
   }
 
   void run(const Launch& launch) {

@@ -61,12 +61,11 @@ STABLE_TORCH_LIBRARY(bitkernels, m) {
       "bool dt_softplus=False, float dt_min=0.0, float? dt_max=None, int chunk_size=64) -> "
       "(Tensor y, Tensor final_states)");
   // That kernel, with thread blocks that share a sequence, what 64 tokens cost that only the state passes, in such with
-  // outputs, and how many second parts a processor makes. With `squares` also the sum of the squares of a head's gated
-  // outputs, [B, H, T]; else that is empty.
+  // outputs, and how many second parts a processor makes.
   m.def(
       "ssd_scan_hopper(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, "
       "Tensor? initial_states, bool dt_softplus, float dt_min, float? dt_max, int parts, float states_cost, "
-      "int turns=1, bool squares=False) -> (Tensor y, Tensor final_states, Tensor squares)");
+      "int turns=1) -> (Tensor y, Tensor final_states)");
   // How ssd_scan asks it; no parts: it does not take the call.
   m.def(
       "ssd_scan_division(Tensor x, Tensor B, Tensor C, Tensor? z, Tensor? initial_states, Tensor? seq_idx, "
@@ -91,14 +90,14 @@ STABLE_TORCH_LIBRARY(bitkernels, m) {
       "Tensor? z=None, Tensor? dt_bias=None, bool dt_softplus=False, float dt_min=0.0, float? dt_max=None, "
       "Tensor? state_indices=None, Tensor? seed=None, Tensor? position=None) -> Tensor");
 
-  // The parts of a decode step of the Mamba-2 block before and after ssd_step.
+  // The parts of a decode step of the Mamba-2 block before and after ssd_step; the first also without a convolution.
   m.def(
       "mamba2_in_step(Tensor residual, Tensor norm_weight, Tensor w_packed, Tensor alpha, Tensor beta, "
-      "Tensor(a!) conv_state, Tensor conv_weight, Tensor? conv_bias, SymInt conv_start, ScalarType dtype, "
+      "Tensor(a!)? conv_state, Tensor? conv_weight, Tensor? conv_bias, SymInt conv_start, ScalarType dtype, "
       "Tensor? bias=None, float eps=1e-05, Tensor? state_indices=None) -> Tensor");
   m.def(
       "mamba2_out_step(Tensor(a!) residual, Tensor y, Tensor norm_weight, Tensor w_packed, Tensor alpha, "
-      "Tensor beta, Tensor? bias=None, float eps=1e-05, Tensor? squares=None) -> ()");
+      "Tensor beta, Tensor? bias=None, float eps=1e-05) -> ()");
   // All of it.
   m.def(
       "mamba2_step(Tensor(a!) residual, Tensor in_norm, Tensor in_packed, Tensor in_alpha, Tensor in_beta, "

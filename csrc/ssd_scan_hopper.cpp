@@ -17,11 +17,8 @@ const float* floats(const std::optional<Tensor>& t) { return static_cast<const f
 
 bool on_16_bytes(const Tensor& t) { return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0; }
 
-// y, the final states and, if asked for, the sum of the squares of each head's outputs, [B, H, T]. An empty tensor
-// would take as long to make as one.
-std::tuple<Tensor, Tensor, std::optional<Tensor>> scan(const char* op, const ScanArguments& a,
-                                                       const cuda::ScanDivision& by, bool squares,
-                                                       const Launch& launch) {
+std::tuple<Tensor, Tensor> scan(const char* op, const ScanArguments& a, const cuda::ScanDivision& by,
+                                const Launch& launch) {
   const Tensor dt = a.dt.scalar_type() == ScalarType::Double ? as_dtype(a.dt, ScalarType::Float) : a.dt;
   const Tensor A = as_dtype(a.A, ScalarType::Float);
   const std::optional<Tensor> D = as_dtype(a.D, ScalarType::Float), bias = as_dtype(a.dt_bias, ScalarType::Float),
@@ -29,9 +26,6 @@ std::tuple<Tensor, Tensor, std::optional<Tensor>> scan(const char* op, const Sca
   const Tensor &x = a.x, &B = a.B;
   Tensor y = torch::stable::new_empty(x, x.sizes());
   Tensor final_states = torch::stable::new_empty(x, {x.size(0), x.size(2), x.size(3), B.size(3)}, ScalarType::Float);
-  const std::optional<Tensor> sums =
-      squares ? std::optional(torch::stable::new_empty(x, {x.size(0), x.size(2), x.size(1)}, ScalarType::Float))
-              : std::nullopt;
   cuda::ssd_scan_hopper({.x = view(x),
                          .B = view(B),
                          .C = view(a.C),
@@ -43,7 +37,6 @@ std::tuple<Tensor, Tensor, std::optional<Tensor>> scan(const char* op, const Sca
                          .initial_states = floats(initial),
                          .y = y.mutable_data_ptr(),
                          .final_states = static_cast<float*>(final_states.mutable_data_ptr()),
-                         .squares = static_cast<float*>(mutable_data_or_null(sums)),
                          .dtype = kernel_dtype(op, "x", x.scalar_type()),
                          .dt_dtype = kernel_dtype(op, "dt", dt.scalar_type()),
                          .D_head = D ? D->stride(0) : 0,
@@ -60,7 +53,7 @@ std::tuple<Tensor, Tensor, std::optional<Tensor>> scan(const char* op, const Sca
                          .turns = by.turns,
                          .states_cost = by.states_cost},
                         launch);
-  return {y, final_states, sums};
+  return {y, final_states};
 }
 
 // The copy engine reads [B, T, heads, columns] in 16 bits whose rows of columns are dense and on 16-byte boundaries.
@@ -114,8 +107,7 @@ std::tuple<Tensor, Tensor> ssd_scan(const Tensor& x, const Tensor& dt, const Ten
   const Launch launch(x);
   const cuda::ScanDivision by = division(x, B, C, z, initial_states, seq_idx, cu_seqlens);
   if (by.parts == 0) return ssd_scan_chunks(a);
-  auto [y, final_states, squares] = scan(op, a, by, false, launch);
-  return {y, final_states};
+  return scan(op, a, by, launch);
 }
 
 std::tuple<int64_t, double, int64_t> ssd_scan_division(const Tensor& x, const Tensor& B, const Tensor& C,
@@ -128,22 +120,20 @@ std::tuple<int64_t, double, int64_t> ssd_scan_division(const Tensor& x, const Te
   return {by.parts, by.states_cost, by.turns};
 }
 
-std::tuple<Tensor, Tensor, Tensor> ssd_scan_hopper(const Tensor& x, const Tensor& dt, const Tensor& A, const Tensor& B,
-                                                   const Tensor& C, const std::optional<Tensor>& D,
-                                                   const std::optional<Tensor>& z, const std::optional<Tensor>& dt_bias,
-                                                   const std::optional<Tensor>& initial_states, bool dt_softplus,
-                                                   double dt_min, std::optional<double> dt_max, int64_t parts,
-                                                   double states_cost, int64_t turns, bool squares) {
+std::tuple<Tensor, Tensor> ssd_scan_hopper(const Tensor& x, const Tensor& dt, const Tensor& A, const Tensor& B,
+                                           const Tensor& C, const std::optional<Tensor>& D,
+                                           const std::optional<Tensor>& z, const std::optional<Tensor>& dt_bias,
+                                           const std::optional<Tensor>& initial_states, bool dt_softplus, double dt_min,
+                                           std::optional<double> dt_max, int64_t parts, double states_cost,
+                                           int64_t turns) {
   constexpr const char* op = "ssd_scan_hopper";
   const std::optional<Tensor> none;
   const ScanArguments a{x, dt, A, B, C, D, z, dt_bias, initial_states, none, none, dt_softplus, dt_min, dt_max, 1};
   check(op, a);
-  check_argument(z || !squares, op, ": squares are of gated outputs, and there is no z");
   const Launch launch(x);
   check_argument(division(x, B, C, z, initial_states, none, none).parts > 0, op,
                  ": these arguments are not for Hopper's kernel, got x of shape ", shape(x));
-  auto [y, final_states, sums] = scan(op, a, {parts, states_cost, turns}, squares, launch);
-  return {y, final_states, sums ? *sums : torch::stable::new_empty(x, {x.size(0), x.size(2), 0}, ScalarType::Float)};
+  return scan(op, a, {parts, states_cost, turns}, launch);
 }
 
 }  // namespace

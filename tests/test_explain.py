@@ -34,12 +34,13 @@ def test_names_the_path_in_use():
     [
         ({"M": 512, "dtype": torch.float32}, "fp32 activations of up to 256 tokens"),
         ({"M": 512, "K": 20000}, "a table of column scales for K = 20000 is too large"),
-        ({"M": 512, "K": 2561}, "K is no multiple of 8"),
+        ({"M": 512, "K": 2561, "weights": "ternary"}, "K is no multiple of 8"),
+        ({"M": 512}, "sums and differences of pairs of columns"),
         ({"M": 512, "N": 2561}, "N is no multiple of 8"),
     ],
     ids=str,
 )
-def test_says_why_a_call_is_slower(call, why):
+def test_says_what_a_call_costs(call, why):
     if torch.cuda.get_device_capability() != (9, 0) or bitkernels.build_info()["CUDA library"] != "built":
         pytest.skip("speaks of the kernels of compute capability 9.0")
     assert why in bitkernels.explain(**{"N": 2560, "K": 2560, "device": "cuda", **call})

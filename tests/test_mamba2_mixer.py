@@ -147,7 +147,7 @@ def test_equals_its_parts(case, dtype, device):
     [
         Case(2, 70, 4, 16, 16, G=2, initial=True),
         Case(1, 90, 4, 16, 20, W=3, initial=True, cu_seqlens=(0, 1, 33, 33, 90)),
-        Case(1, 300, 24, 64, 128, initial=True),  # on Hopper GPUs the kernel that knows the squares
+        Case(1, 300, 24, 64, 128, initial=True),  # on Hopper GPUs their own kernel
     ],
     ids=str,
 )
@@ -155,12 +155,10 @@ def test_up_to_the_norm(case, dtype, device):
     tensors = inputs(case, device, dtype)
     y_ref, final_ref = run(case, tensors)
     before_norm, norm_weight = tensors[:6], tensors[6]
-    y, squares, final = gated_mixer(*before_norm, *tensors[7:9], tensors[10], case.G)
+    y, final = gated_mixer(*before_norm, *tensors[7:9], tensors[10], case.G)
     assert_close("final_states", final, final_ref)
     normed = torch.nn.functional.rms_norm(y.float(), norm_weight.shape, norm_weight, 1e-5)
     assert_close("y", normed, y_ref, TOLERANCE[dtype])
-    if squares is not None:
-        assert_close("squares", squares.sum(1), y.double().square().sum(-1), 2 * TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("which", [0, 1])

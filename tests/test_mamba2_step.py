@@ -180,28 +180,34 @@ def test_out_step(case, dtype, device):
 MANY_TOKENS = [
     Case(200, 264, 512, 0, 0),
     Case(1000, 264, 512, 0, 0),
-    # From 2048 on one product adds, in bf16 and with column scales; widths that are no multiple of four or eight, more
-    # and fewer tiles than processors, and rows of K that end within a box.
+    # From 2048 on one product adds, in bf16; widths that are no multiple of four or eight, more and fewer tiles than
+    # processors, and rows of K that end within a box or a word.
     Case(2048, 136, 1032, 0, 0, bias=True),
     Case(5000, 2564, 256, 0, 0),
     Case(2060, 130, 256, 0, 0),
     Case(2060, 260, 100, 0, 0),
     Case(2060, 136, 256, 0, 0, scales="row"),
+    Case(2060, 136, 250, 0, 0, scales="single", bias=True),
 ]
 
 
 @pytest.mark.memcheck
-@pytest.mark.parametrize("given_squares", [False, True], ids=["", "squares"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", [Case(1, 72, 96, 0, 0), Case(70, 72, 96, 0, 0, bias=True), *MANY_TOKENS], ids=str)
+def test_in_step_without_a_convolution(case, dtype, device):
+    given = in_inputs(case, device, dtype) | {"conv_state": None, "conv_weight": None, "conv_bias": None}
+    y = bitkernels.mamba2_in_step(**given, dtype=dtype)
+    assert_close("y", y, reference.mamba2_in_step(**wide_arguments(given)), TOLERANCE[dtype])
+    assert torch.equal(y, bitkernels.mamba2_in_step(**given, dtype=dtype))
+
+
+@pytest.mark.memcheck
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("case", MANY_TOKENS, ids=str)
-def test_out_step_of_many_tokens(case, dtype, given_squares, device):
+def test_out_step_of_many_tokens(case, dtype, device):
     given = out_inputs(case, device, dtype)
     ref = wide_arguments(given)
     before = ref["residual"].clone()
-    if given_squares:  # four sequences, of parts of a row that are not alike
-        squares = given["y"].float().square().view(4, case.batch // 4, case.K)
-        parts = squares.split([case.K // 4, case.K - case.K // 4], -1)
-        given["squares"] = torch.stack([part.sum(-1) for part in parts], 1)
     again = {**given, "residual": given["residual"].clone()}
     bitkernels.mamba2_out_step(**given)
     reference.mamba2_out_step(**ref)
@@ -464,6 +470,7 @@ def test_compile_and_cuda_graph(device):
         ({"bias": torch.ones(3)}, r"mamba2_in_step: bias .*got \[3\]"),
         ({"conv_state": torch.ones(2, 3, 9)}, r"mamba2_in_step: conv_state .*got \[2, 3, 9\]"),
         ({"conv_state": torch.ones(2, 3, 8).int()}, "mamba2_in_step: conv_state .*got Int"),
+        ({"conv_weight": None}, "mamba2_in_step: conv_state and conv_weight must be given together"),
         ({"conv_weight": torch.ones(8)}, r"mamba2_in_step: conv_weight must be \[C, W\], got \[8\]"),
         ({"conv_bias": torch.ones(9)}, r"mamba2_in_step: conv_bias .*got \[9\]"),
         ({"conv_start": 13}, "mamba2_in_step: conv_start must leave room for 8 channels in 20 columns, got 13"),
@@ -485,8 +492,6 @@ def test_bad_input(change, words, device):
         ({"residual": torch.ones(2, 20).half()}, "mamba2_out_step: residual must be Float, got Half"),
         ({"y": torch.ones(2, 32, dtype=torch.int32)}, "mamba2_out_step: y must be .*got Int"),
         ({"norm_weight": torch.ones(33)}, r"mamba2_out_step: norm_weight .*got \[33\]"),
-        ({"squares": torch.ones(1, 3, 1)}, r"mamba2_out_step: squares .*got \[1, 3, 1\]"),
-        ({"squares": torch.ones(1, 3, 2).double()}, "mamba2_out_step: squares must be Float, got Double"),
     ],
 )
 def test_bad_output_step(change, words, device):

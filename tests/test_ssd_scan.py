@@ -294,20 +294,6 @@ def test_shared_sequences(case):
 
 @pytest.mark.gpu
 @pytest.mark.memcheck
-@pytest.mark.parametrize("case", [Case(2, 130, 24, 64, 64, z=True), Case(1, 1000, 80, 64, 128, G=2, z=True)], ids=str)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_squares_of_gated_outputs(case, dtype):
-    if not (torch.cuda.is_available() and has_hopper_kernels("cuda")):
-        pytest.skip("no Hopper GPU is visible")
-    tensors = joined_inputs(case, "cuda", dtype)
-    given = tensors[:9]
-    y, final, squares = torch.ops.bitkernels.ssd_scan_hopper(*given, True, 0.0, None, *division(tensors), True)
-    assert all(map(torch.equal, (y, final), torch.ops.bitkernels.ssd_scan(*given, None, None, True, 0.0, None)))
-    assert_close("squares", squares, y.double().square().sum(-1).mT, 2 * TOLERANCE[dtype])
-
-
-@pytest.mark.gpu
-@pytest.mark.memcheck
 @pytest.mark.parametrize("gated", [False, True], ids=["", "z"])
 @pytest.mark.parametrize("T", [65, 450])
 def test_second_parts_in_turns(T, gated):

@@ -260,37 +260,58 @@ class Mixer(nn.Module):
         conv_state: Tensor | None = None,  # [B, d_conv - 1, channels], updated in place
         ssm_state: Tensor | None = None,  # [B, H, P, N], updated in place
         packed: Packed | None = None,  # what hidden holds; states are those of all slots
-        residual: Tensor | None = None,  # fp32 [B, T, d_model]: may take the output, which is None then
-    ) -> Tensor | None:
-        projected = self.in_proj(hidden)
-        states, initial_conv, initial_ssm, cu_seqlens = slice(None), conv_state, ssm_state, None
-        if packed is not None:
-            states, cu_seqlens = packed.states, packed.cu_seqlens
-            initial_conv, initial_ssm = conv_state[states], ssm_state[states]
+    ) -> Tensor:
+        projected, config = self.in_proj(hidden), self.config
+        states, initial_conv, initial_ssm, cu_seqlens = self._initial(conv_state, ssm_state, packed)
         A = self.A if conv_state is None else self.kept_A()
-        out = self.out_proj
-        adds = residual is not None and seq_idx is None and isinstance(out, PackedLinear)
-        adds = adds and one_product(projected[..., : self.config.d_inner], out.alpha)
-        if adds:
-            y, squares, final = gated_mixer(
-                projected, self.conv_weight, self.conv_bias, self.dt_bias, A, self.D, initial_conv, initial_ssm,
-                cu_seqlens, self.config.ngroups, self.config.chunk_size,
-            )  # fmt: skip
-        else:
-            y, final = mamba2_mixer(
-                projected, self.conv_weight, self.conv_bias, self.dt_bias, A, self.D, self.norm_weight, initial_conv,
-                initial_ssm, seq_idx, cu_seqlens, self.config.ngroups, self.config.chunk_size,
-                norm_eps=self.config.norm_eps, return_final_states=True,
-            )  # fmt: skip
+        y, final = mamba2_mixer(
+            projected, self.conv_weight, self.conv_bias, self.dt_bias, A, self.D, self.norm_weight, initial_conv,
+            initial_ssm, seq_idx, cu_seqlens, config.ngroups, config.chunk_size, norm_eps=config.norm_eps,
+            return_final_states=True,
+        )  # fmt: skip
         if conv_state is not None:
-            xbc = self._split(projected)[1]
-            store(conv_state, states, (moved_on if packed is None else packed.conv_states)(initial_conv, xbc))
-            store(ssm_state, states, final)
-        if not adds:
-            return out(y)
-        rows = residual.view(-1, residual.shape[-1]), y.view(-1, y.shape[-1])
-        mamba2_out_step(*rows, self.norm_weight, *out.packed(), self.config.norm_eps, squares)
-        return None
+            self._store(projected, conv_state, ssm_state, packed, states, initial_conv, final)
+        return self.out_proj(y)
+
+    def add_(
+        self,
+        residual: Tensor,  # fp32 [B, T, d_model], updated in place
+        norm: RMSNorm,  # that goes before
+        dtype: torch.dtype,  # of the activations
+        conv_state: Tensor,  # as of forward, and what follows
+        ssm_state: Tensor,
+        packed: Packed | None = None,
+    ) -> None:
+        """``residual += self(norm(residual))``, norms and sum within the products: see ``one_product``."""
+        of, rows = self._parameters, residual.view(-1, residual.shape[-1])
+        into, config = self.in_proj, self.config
+        w_packed, alpha, beta, bias = into.packed()
+        projected = mamba2_in_step(rows, norm.weight, w_packed, alpha, beta, None, None, None, 0, dtype, bias, norm.eps)
+        projected = projected.view(*residual.shape[:-1], -1)
+        states, initial_conv, initial_ssm, cu_seqlens = self._initial(conv_state, ssm_state, packed)
+        y, final = gated_mixer(
+            projected, of["conv_weight"], of["conv_bias"], of["dt_bias"], self.kept_A(), of["D"], initial_conv,
+            initial_ssm, cu_seqlens, config.ngroups, config.chunk_size,
+        )  # fmt: skip
+        self._store(projected, conv_state, ssm_state, packed, states, initial_conv, final)
+        y = y.view(-1, y.shape[-1])
+        mamba2_out_step(rows, y, of["norm_weight"], *self.out_proj.packed(), config.norm_eps)
+
+    def can_add(self, tokens: int, dtype: torch.dtype) -> bool:
+        packs = isinstance(self.in_proj, PackedLinear) and isinstance(self.out_proj, PackedLinear)
+        return packs and one_product(tokens, dtype, self.A_log.device)
+
+    @staticmethod
+    def _initial(conv_state: Tensor | None, ssm_state: Tensor | None, packed: Packed | None):
+        """Whose the states are, the states, and where sequences end."""
+        if packed is None:
+            return slice(None), conv_state, ssm_state, None
+        return packed.states, conv_state[packed.states], ssm_state[packed.states], packed.cu_seqlens
+
+    def _store(self, projected, conv_state, ssm_state, packed, states, initial_conv, final) -> None:
+        xbc = self._split(projected)[1]
+        store(conv_state, states, (moved_on if packed is None else packed.conv_states)(initial_conv, xbc))
+        store(ssm_state, states, final)
 
 
 class Layer(nn.Module):
@@ -298,6 +319,24 @@ class Layer(nn.Module):
         super().__init__()
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         self.mixer = Mixer(config)
+
+    def read(
+        self,
+        residual: Tensor | None,  # fp32 [B, T, d_model], updated in place; None before the first layer
+        branch: Tensor | None,  # [B, T, d_model] that is still to be added to it, if any
+        dtype: torch.dtype,
+        *states,  # conv_state, ssm_state and packed of the mixer
+    ) -> tuple[Tensor, Tensor | None]:
+        """Many tokens, without a gradient: residual and branch after this layer."""
+        known = residual if branch is None else branch
+        tokens = known.numel() // known.shape[-1]
+        if self.mixer.can_add(tokens, dtype):
+            if branch is not None:
+                residual = branch.float() if residual is None else residual.add_(branch)
+            self.mixer.add_(residual, self.norm, dtype, *states)
+            return residual, None
+        residual, normed = self.norm.after(residual, branch, dtype)
+        return residual, self.mixer(normed, None, *states)
 
     def step(
         self,
@@ -467,10 +506,11 @@ class BiMambaForCausalLM(nn.Module):
         residual, branch = None, self.embedding(ids)
         dtype = activation_dtype(branch)
         for i, layer in enumerate(self.layers):
-            states = (None, None) if cache is None else (cache.conv[i], cache.ssm[i])
+            if cache is not None:
+                residual, branch = layer.read(residual, branch, dtype, cache.conv[i], cache.ssm[i])
+                continue
             residual, normed = layer.norm.after(residual, branch, dtype)
-            # Without gradients, and so in place.
-            branch = layer.mixer(normed, seq_idx, *states, residual=None if cache is None else residual)
+            branch = layer.mixer(normed, seq_idx)
         return self.norm.after(residual, branch, dtype)[1]
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -512,8 +552,7 @@ class BiMambaForCausalLM(nn.Module):
         residual, branch = None, self.embedding(packed.rows(ids))
         dtype = branch.dtype
         for layer, conv, ssm in zip(self.layers, cache.conv, cache.ssm, strict=True):
-            residual, normed = layer.norm.after(residual, branch, dtype)
-            branch = layer.mixer(normed, None, conv, ssm, packed, residual)
+            residual, branch = layer.read(residual, branch, dtype, conv, ssm, packed)
         residual = packed.last(residual)
         return self._logits_after(residual if branch is None else residual + packed.last(branch), dtype)
 

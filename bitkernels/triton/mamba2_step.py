@@ -11,8 +11,8 @@ def mamba2_in_step(
     w_packed: Tensor,
     alpha: Tensor,
     beta: Tensor,
-    conv_state: Tensor,
-    conv_weight: Tensor,
+    conv_state: Tensor | None,
+    conv_weight: Tensor | None,
     conv_bias: Tensor | None,
     conv_start: int,
     dtype: torch.dtype,
@@ -23,6 +23,8 @@ def mamba2_in_step(
     """``bitkernels::mamba2_in_step``."""
     normalised = F.rms_norm(residual, residual.shape[-1:], norm_weight.to(residual.dtype), eps).to(dtype)
     y = torch.ops.bitkernels.packed_linear(normalised, w_packed, alpha, beta, bias)
+    if conv_state is None:
+        return y
     inputs = y[:, conv_start : conv_start + conv_weight.shape[0]]
     state = conv_state
     if state_indices is not None:
@@ -47,9 +49,8 @@ def mamba2_out_step(
     beta: Tensor,
     bias: Tensor | None = None,
     eps: float = 1e-5,
-    squares: Tensor | None = None,
 ) -> None:
-    """``bitkernels::mamba2_out_step``, which has no use for ``squares``."""
+    """``bitkernels::mamba2_out_step``."""
     normalised = F.rms_norm(y.float(), y.shape[-1:], norm_weight.float(), eps).to(y.dtype)
     residual += torch.ops.bitkernels.packed_linear(normalised, w_packed, alpha, beta, bias)
 

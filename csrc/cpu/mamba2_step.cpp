@@ -16,7 +16,7 @@ template <typename T>
 void in_step(const Mamba2InStep& p, Executor run) {
   LookupMatmul<T> product = normed_product<T>(p.linear, p.norm_weight, p.eps);
   product.wide_x = true;
-  product.conv = &p.conv;
+  if (p.conv.channels > 0) product.conv = &p.conv;
   lookup_matmul(product, run);
 }
 

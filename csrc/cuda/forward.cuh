@@ -76,6 +76,15 @@ HopperKernel choose_on_hopper(const TokenSource& s, const Weights& w) {
   return warpgroup ? HopperKernel::kWarpgroup : HopperKernel::kNone;
 }
 
+// Whether the call becomes a product of pairs of columns.
+template <typename F>
+bool takes_pairs(const TokenSource& s, const Weights& w) {
+  if (choose_on_hopper<F>(s, w) != HopperKernel::kWarpgroup) return false;
+  const Product q{s.dtype, s.scale != nullptr, s.M, w.rows, s.K};
+  return with_operand<F>(
+      q, [](auto operand, auto, auto) { return std::is_same_v<typename decltype(operand)::type, PairOperand>; });
+}
+
 template <typename F>
 void run_forward(const TokenSource& source, const uint32_t* w_packed, const Epilogue& e, void* workspace,
                  cudaStream_t stream) {

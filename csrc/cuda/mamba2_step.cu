@@ -4,6 +4,7 @@
 
 #include "bit_cluster_launch.cuh"
 #include "mixer_kernels.h"
+#include "packed_linear.h"
 #include "reduce.cuh"
 #include "warpgroup_forward.cuh"
 
@@ -304,16 +305,17 @@ int64_t bytes_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
 int64_t aligned_bytes(int64_t bytes) { return ceil_div(bytes, 256) * 256; }
 
-// Very many: products of pairs of columns, added to the residual as they leave. The norm's weight goes into the columns'
-// scales, 1 / rms into a token's. Of 16-bit types bf16 alone has the range for what was not normalised.
+// Very many: products of pairs of columns, added to the residual as they leave. The norm's weight goes into the
+// columns' scales, 1 / rms into a token's. Of 16-bit types bf16 alone has the range for what was not normalised.
 constexpr int64_t kLeastAddedTokens = 2048;
 
 #ifdef BITKERNELS_SM90A
 
 bool adds(const Mamba2OutStep& p) {
   const PackedLinear& linear = p.linear;
-  return linear.M >= kLeastAddedTokens && linear.dtype == DType::kBFloat16 && linear.axis == ScaleAxis::kColumn &&
-         warpgroup_applies(linear.dtype, linear.K, true) && linear.N % 4 == 0 && aligned(p.residual, 16);
+  return linear.M >= kLeastAddedTokens && linear.dtype == DType::kBFloat16 &&
+         warpgroup_applies(linear.dtype, linear.K, linear.axis == ScaleAxis::kColumn) && linear.N % 4 == 0 &&
+         aligned(p.residual, 16);
 }
 
 // Bytes from its start, where the pairs of columns are.
@@ -331,13 +333,18 @@ void run_added(const Mamba2OutStep& p, cudaStream_t stream) {
   const AddedWorkspace places(linear);
   char* workspace = static_cast<char*>(linear.workspace);
   Int8Token* tokens = reinterpret_cast<Int8Token*>(workspace + places.tokens);
-  pair_rows<bf16>({linear.x, static_cast<const float*>(linear.alpha), static_cast<const float*>(linear.beta),
-                   static_cast<const float*>(p.norm_weight), static_cast<float>(p.eps),
-                   reinterpret_cast<fp16*>(workspace), tokens, linear.M, linear.K, places.pitch},
-                  stream);
+  const bool by_column = linear.axis == ScaleAxis::kColumn;
+  const float *alpha = static_cast<const float*>(linear.alpha), *beta = static_cast<const float*>(linear.beta);
+  pair_rows<bf16>(
+      {linear.x, by_column ? alpha : nullptr, by_column ? beta : nullptr, static_cast<const float*>(p.norm_weight),
+       static_cast<float>(p.eps), reinterpret_cast<fp16*>(workspace), tokens, linear.M, linear.K, places.pitch},
+      stream);
   const Weights w = weights(linear.w_packed, linear.N, ceil_div(linear.K, kSignsPerWord));
   WarpgroupProblem product{};
   product.w = w.packed;
+  product.alpha = by_column ? nullptr : alpha;
+  product.beta = by_column ? nullptr : beta;
+  product.scale_stride = linear.axis == ScaleAxis::kRow ? 1 : 0;
   product.bias = static_cast<const float*>(linear.bias);
   product.tokens = tokens;
   product.y = p.residual;
@@ -370,11 +377,15 @@ int64_t product_bytes(const PackedLinear& p) { return aligned_bytes(packed_linea
 
 template <typename X, typename T>
 void normalise_and_multiply(const PackedLinear& p, const void* norm, double eps, T* y, cudaStream_t stream) {
+  const PackedLinear normalised = product(p, y);
+  const DType x_dtype = sizeof(X) == sizeof(float) ? DType::kFloat32 : p.dtype;
+  const float* weight = static_cast<const float*>(norm);
+  if (normed_packed_linear(normalised, p.x, x_dtype, weight, static_cast<float>(eps), stream)) return;
   const bool vectors = p.K % 8 == 0 && aligned(p.x, 16) && aligned(norm, 16);
   launch(vectors ? norm_kernel<X, T, true> : norm_kernel<X, T, false>,
-         step_grid(dim3(static_cast<unsigned>(p.M)), kNormThreads), stream, static_cast<const X*>(p.x),
-         static_cast<const float*>(norm), static_cast<T*>(p.workspace), static_cast<int>(p.K), static_cast<float>(eps));
-  packed_linear(product(p, y), stream);
+         step_grid(dim3(static_cast<unsigned>(p.M)), kNormThreads), stream, static_cast<const X*>(p.x), weight,
+         static_cast<T*>(p.workspace), static_cast<int>(p.K), static_cast<float>(eps));
+  packed_linear(normalised, stream);
 }
 
 // While the input projection of several tokens computes, memory rests: the states of the step after it come as far as
@@ -407,10 +418,11 @@ void mamba2_in_step(const Mamba2InStep& p, Executor stream) {
                        states_ahead(p)};
   dispatch_float(linear.dtype, [&](auto t) {
     using T = decltype(t);
-    if (run_one_kernel<BlockStep::kIn, T>(s, w, o, stream)) return;
+    const bool convolves = p.conv.channels > 0;
+    if (convolves && run_one_kernel<BlockStep::kIn, T>(s, w, o, stream)) return;
     T* y = static_cast<T*>(linear.y);
     normalise_and_multiply<float, T>(linear, p.norm_weight, p.eps, y, stream);
-    run_convolution(y, linear, p.conv, stream);
+    if (convolves) run_convolution(y, linear, p.conv, stream);
   });
 }
 

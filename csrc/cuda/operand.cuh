@@ -144,8 +144,9 @@ struct TernaryInt8Operand : DenseOperand<int8_t> {
   }
 };
 
-// S of pairs of columns: s1 x1 + s2 x2 is s1 times the sum of both or their difference, so that of activations that were
-// made into sums and differences (pair_rows.cuh) the tensor cores need every other one, and take half the time for it.
+// S of pairs of columns: s1 x1 + s2 x2 is s1 times the sum of both or their difference, so that of activations that
+// were made into sums and differences (pair_rows.cuh) the tensor cores need every other one, and take half the time for
+// it.
 struct PairOperand {
   using T = fp16;
   using Accumulator = float;

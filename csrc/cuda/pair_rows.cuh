@@ -45,8 +45,10 @@ struct alignas(16) RawPairChunk {
       for (int i = 0; i < 8; i += kOfVector) {
         const int64_t k = pair_column(chunk, half) + i;
         Vector& to = *reinterpret_cast<Vector*>(&v[half][i]);
-        if (k < K) to = *reinterpret_cast<const Vector*>(row + k);
-        else to = Vector{};
+        if (k < K)
+          to = *reinterpret_cast<const Vector*>(row + k);
+        else
+          to = Vector{};
       }
     }
   }
@@ -151,8 +153,7 @@ struct PairSums {
 constexpr int kMostPairThreads = 512;
 
 template <typename T, bool kVectors, bool kHeld>
-__global__ void __launch_bounds__(kMostPairThreads)
-    pair_rows_kernel(const __grid_constant__ PairRows p) {
+__global__ void __launch_bounds__(kMostPairThreads) pair_rows_kernel(const __grid_constant__ PairRows p) {
   __shared__ float scratch[2][3][32];
   const T* x = static_cast<const T*>(p.x);
   const int64_t chunks = p.pitch / kPairColumns, own = threadIdx.x;

@@ -30,7 +30,7 @@ struct ScanDecays {
 struct ScanProblem {
   const void* dt;
   const float *A, *D, *dt_bias, *initial_states;
-  float *final_states, *squares;
+  float* final_states;
   int64_t dt_batch, dt_time, dt_head;
   int64_t D_head, D_channel;
   float dt_min, dt_max;

@@ -125,7 +125,6 @@ __device__ void make_outputs(const ScanPlace<N>& at, const ScanProblem& p, const
     at.release(b, lane);
 #pragma unroll
     for (int i = 0; i < kHeaddim / 2; ++i) y[i] += skipped[i];
-    float squares[2] = {};  // of a token's outputs
     if constexpr (kGated) {
       barrier_wait(at.gate_barrier(b), (b - begin) / (kOutputGroups * kGateBoxes) % 2);
 #pragma unroll
@@ -135,10 +134,8 @@ __device__ void make_outputs(const ScanPlace<N>& at, const ScanProblem& p, const
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
           const float2 v = unpack_pair(T(), z[j]);
-          float &first = y[4 * i + 2 * j], &second = y[4 * i + 2 * j + 1];
-          first *= silu(v.x);
-          second *= silu(v.y);
-          squares[j % 2] = fmaf(first, first, fmaf(second, second, squares[j % 2]));
+          y[4 * i + 2 * j] *= silu(v.x);
+          y[4 * i + 2 * j + 1] *= silu(v.y);
         }
       }
     }
@@ -147,14 +144,6 @@ __device__ void make_outputs(const ScanPlace<N>& at, const ScanProblem& p, const
       store_matrices((out + tile_at) ^ i * 16, pack_pair(T(), y[4 * i], y[4 * i + 1]),
                      pack_pair(T(), y[4 * i + 2], y[4 * i + 3]), pack_pair(T(), y[4 * i + 4], y[4 * i + 5]),
                      pack_pair(T(), y[4 * i + 6], y[4 * i + 7]));
-    }
-    if (kGated && p.squares) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int token = b * kScanTokens + row + 8 * half;
-        const float sum = add_lanes(squares[half], 1, 4);
-        if (t == 0 && token < p.T) p.squares[(int64_t(at.row) * p.H + at.head) * p.T + token] = sum;
-      }
     }
   }
   if (b - kOutputGroups >= begin) store(b - kOutputGroups);

@@ -168,7 +168,6 @@ HopperScan forward(const HopperScanBackward& s) {
           .initial_states = s.initial,
           .y = nullptr,
           .final_states = nullptr,
-          .squares = nullptr,
           .dtype = s.dtype,
           .dt_dtype = s.dt_dtype,
           .D_head = 1,

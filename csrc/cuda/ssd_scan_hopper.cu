@@ -100,7 +100,6 @@ void run_scan(const HopperScan& s, cudaStream_t stream) {
                 .dt_bias = s.dt_bias,
                 .initial_states = s.initial_states,
                 .final_states = s.final_states,
-                .squares = s.squares,
                 .dt_batch = s.dt.batch,
                 .dt_time = s.dt.time,
                 .dt_head = s.dt.head,

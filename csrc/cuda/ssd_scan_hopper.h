@@ -25,7 +25,6 @@ struct HopperScan {
   const float* initial_states;  // [B, H, 64, N] or null
   void* y;                      // [B, T, H, 64] dtype, or null: the final states alone
   float* final_states;          // [B, H, 64, N] or null
-  float* squares;               // [B, H, T] or null: the sum over a head of the squares of y, before it is rounded
   DType dtype, dt_dtype;
   int64_t D_head, D_channel;
   bool dt_softplus;
@@ -43,7 +42,7 @@ struct ScanDivision {
 };
 ScanDivision divide_scan(int64_t batch, int64_t T, int64_t H, bool gated);
 
-// squares wants a gate; x, B, C, z, initial_states and y lie on 16-byte boundaries, and so do the strides of the first
+// x, B, C, z, initial_states and y lie on 16-byte boundaries, and so do the strides of the first
 // four, which are not zero; dtype is 16 bits wide, N 64 or 128, T at least 1, and every part has a block of 64 tokens.
 void ssd_scan_hopper(const HopperScan&, Executor);
 

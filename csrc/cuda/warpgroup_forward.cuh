@@ -92,16 +92,17 @@ Plan plan_of(ScalesOf scales, const Product& q) {
   return plan_tiles<Operand>(scales, q.M, q.N, q.K, processor_count());
 }
 
-// What a call is expected to take, in processor cycles, the launches included; activations of bytes or pairs are made by
-// a kernel before.
+// What a call is expected to take, in processor cycles, the launches included; activations of bytes or pairs are made
+// by a kernel before, as are copies of rows that the copy engine cannot read.
 template <class Operand>
 int64_t cycles_of(ScalesOf scales, const Product& q) {
   constexpr int kLaunchCycles = 1500;
   constexpr int kQuantizeCycles = 3700;
-  constexpr int kPairCycles = 4000;
-  constexpr int64_t kPairsPerCycle = 500;  // elements
+  constexpr int kRewriteCycles = 3000;
+  constexpr int64_t kRewrittenPerCycle = 500;  // elements
+  const bool rewrites = std::is_same_v<Operand, PairOperand> || q.K % 8 != 0;
   const int64_t before = std::is_same_v<Operand, TernaryInt8Operand> ? kQuantizeCycles
-                         : std::is_same_v<Operand, PairOperand>      ? kPairCycles + q.M * q.K / kPairsPerCycle
+                         : rewrites                                  ? kRewriteCycles + q.M * q.K / kRewrittenPerCycle
                                                                      : 0;
   return kLaunchCycles + before + plan_of<Operand>(scales, q).cycles;
 }
@@ -170,6 +171,35 @@ int64_t warpgroup_workspace(const void* x, const Product& q) {
   });
 }
 
+// The product of pairs, of activations of type X, to which an RMSNorm is applied before where `norm` is given.
+template <typename X, typename T>
+void run_pairs(const void* x, const float* norm, float eps, const TokenSource& s, const Weights& w, const Epilogue& e,
+               void* workspace, cudaStream_t stream) {
+  const Product q{s.dtype, s.scale != nullptr, s.M, w.rows, s.K};
+  const ActivationRows rows = activation_rows<PairOperand>(x, s.M, s.K);
+  Int8Token* tokens = reinterpret_cast<Int8Token*>(static_cast<char*>(workspace) + rows.bytes);
+  pair_rows<X>({x, s.scale, s.shift, norm, eps, static_cast<fp16*>(workspace), tokens, s.M, s.K, rows.pitch}, stream);
+  WarpgroupProblem p{};
+  p.w = w.packed;
+  p.alpha = e.scale;
+  p.beta = e.shift;
+  p.bias = e.bias;
+  p.tokens = tokens;
+  p.y = e.out;
+  p.rows = w.rows;
+  p.words = w.words;
+  p.M = s.M;
+  p.K = s.K;
+  p.scale_stride = static_cast<int>(e.stride);
+  p.aligned_words = w.vector;
+  const Plan plan = plan_of<PairOperand>(ScalesOf::kNothing, q);
+  with_tile<PairOperand>(plan.tile, [&](auto tile) {
+    run_warpgroup<PairOperand, ScalesOf::kNothing, decltype(tile), T>(
+        workspace, rows.pitch, p, plan.blocks, plan.cut, static_cast<char*>(workspace) + rows.bytes + rows.tokens,
+        stream);
+  });
+}
+
 template <typename F>
 void run_warpgroup_forward(const TokenSource& s, const Weights& w, const Epilogue& e, void* workspace,
                            cudaStream_t stream) {
@@ -178,45 +208,44 @@ void run_warpgroup_forward(const TokenSource& s, const Weights& w, const Epilogu
   with_operand<F>(q, [&](auto operand, auto scales, auto t) {
     using Operand = typename decltype(operand)::type;
     using T = decltype(t);
-    constexpr bool kPairs = std::is_same_v<Operand, PairOperand>;
-    const ActivationRows rows = activation_rows<Operand>(s.x, s.M, s.K);
-    Int8Token* tokens = reinterpret_cast<Int8Token*>(static_cast<char*>(workspace) + rows.bytes);
-    void* partials = static_cast<char*>(workspace) + rows.bytes + rows.tokens;
-    WarpgroupProblem p{};
-    p.w = w.packed;
-    // Of pairs those of columns are in the activations.
-    p.alpha = !by_column ? e.scale : kPairs ? nullptr : s.scale;
-    p.beta = !by_column ? e.shift : kPairs ? nullptr : s.shift;
-    p.bias = e.bias;
-    p.tokens = tokens;
-    p.y = e.out;
-    p.rows = w.rows;
-    p.words = w.words;
-    p.M = s.M;
-    p.K = s.K;
-    p.scale_stride = static_cast<int>(e.stride);
-    p.aligned_words = w.vector;
-    if constexpr (kPairs) {
-      pair_rows<T>({s.x, s.scale, s.shift, nullptr, 0.0f, static_cast<fp16*>(workspace), tokens, s.M, s.K, rows.pitch},
-                   stream);
-    } else if constexpr (F::kInteger) {
-      const bool vectors = s.K % 8 == 0 && aligned(s.x, 16);
-      const int threads = static_cast<int>(std::min<int64_t>(256, ceil_div(rows.pitch / 16, 32) * 32));
-      launch(vectors ? quantize_rows_kernel<T, true> : quantize_rows_kernel<T, false>,
-             Grid{dim3(static_cast<unsigned>(s.M)), threads, 0, true}, stream, static_cast<const T*>(s.x), e.scale,
-             static_cast<int8_t*>(workspace), tokens, s.K, rows.pitch);
-    } else if (rows.bytes) {
-      constexpr int kThreads = 256;
-      constexpr int64_t kMostRows = 4096;
-      launch(pad_rows_kernel<T>,
-             Grid{dim3(blocks_for(rows.pitch, kThreads), blocks_for(s.M, 1, kMostRows)), kThreads, 0, true}, stream,
-             static_cast<const T*>(s.x), static_cast<T*>(workspace), s.M, s.K, rows.pitch);
+    if constexpr (std::is_same_v<Operand, PairOperand>) {
+      run_pairs<T, T>(s.x, nullptr, 0.0f, s, w, e, workspace, stream);
+    } else {
+      const ActivationRows rows = activation_rows<Operand>(s.x, s.M, s.K);
+      Int8Token* tokens = reinterpret_cast<Int8Token*>(static_cast<char*>(workspace) + rows.bytes);
+      void* partials = static_cast<char*>(workspace) + rows.bytes + rows.tokens;
+      WarpgroupProblem p{};
+      p.w = w.packed;
+      p.alpha = by_column ? s.scale : e.scale;
+      p.beta = by_column ? s.shift : e.shift;
+      p.bias = e.bias;
+      p.tokens = tokens;
+      p.y = e.out;
+      p.rows = w.rows;
+      p.words = w.words;
+      p.M = s.M;
+      p.K = s.K;
+      p.scale_stride = static_cast<int>(e.stride);
+      p.aligned_words = w.vector;
+      if constexpr (F::kInteger) {
+        const bool vectors = s.K % 8 == 0 && aligned(s.x, 16);
+        const int threads = static_cast<int>(std::min<int64_t>(256, ceil_div(rows.pitch / 16, 32) * 32));
+        launch(vectors ? quantize_rows_kernel<T, true> : quantize_rows_kernel<T, false>,
+               Grid{dim3(static_cast<unsigned>(s.M)), threads, 0, true}, stream, static_cast<const T*>(s.x), e.scale,
+               static_cast<int8_t*>(workspace), tokens, s.K, rows.pitch);
+      } else if (rows.bytes) {
+        constexpr int kThreads = 256;
+        constexpr int64_t kMostRows = 4096;
+        launch(pad_rows_kernel<T>,
+               Grid{dim3(blocks_for(rows.pitch, kThreads), blocks_for(s.M, 1, kMostRows)), kThreads, 0, true}, stream,
+               static_cast<const T*>(s.x), static_cast<T*>(workspace), s.M, s.K, rows.pitch);
+      }
+      const Plan plan = plan_of<Operand>(scales, q);
+      with_tile<Operand>(plan.tile, [&](auto tile) {
+        run_warpgroup<Operand, scales, decltype(tile), T>(rows.bytes ? workspace : s.x, rows.pitch, p, plan.blocks,
+                                                          plan.cut, partials, stream);
+      });
     }
-    const Plan plan = plan_of<Operand>(scales, q);
-    with_tile<Operand>(plan.tile, [&](auto tile) {
-      run_warpgroup<Operand, scales, decltype(tile), T>(rows.bytes ? workspace : s.x, rows.pitch, p, plan.blocks,
-                                                        plan.cut, partials, stream);
-    });
   });
 }
 

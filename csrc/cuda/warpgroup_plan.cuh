@@ -1,7 +1,9 @@
 // Which tile the warpgroup kernel takes, and how many blocks share one.
 #pragma once
 
+#include <array>
 #include <tuple>
+#include <utility>
 
 #include "warpgroup.cuh"
 
@@ -18,8 +20,8 @@ using FloatTiles =
                WarpgroupTile<64, 2, 1, 2, 6, 1>, WarpgroupTile<96, 2, 1, 2, 5, 1>, WarpgroupTile<128, 2, 1, 2, 4, 1>,
                WarpgroupTile<176, 2, 1, 2, 4, 1>, WarpgroupTile<216, 2, 1, 1, 5, 1>, WarpgroupTile<256, 2, 1, 1, 4, 1>,
                WarpgroupTile<128, 3, 1, 2, 4, 1>>;
-// A tile of twice as many rows as tokens: what each warpgroup reads of the activations is what limits products of pairs,
-// and what comes into shared memory is the same for all.
+// A tile of twice as many rows as tokens: what each warpgroup reads of the activations is what limits products of
+// pairs, and what comes into shared memory is the same for all.
 using PairTiles =
     std::tuple<WarpgroupTile<64, 2, 1, 2, 6, 1>, WarpgroupTile<96, 2, 1, 2, 5, 1>, WarpgroupTile<128, 2, 1, 2, 5, 1>,
                WarpgroupTile<64, 4, 1, 2, 6, 1>, WarpgroupTile<96, 4, 1, 2, 5, 1>, WarpgroupTile<128, 3, 1, 2, 5, 1>,
@@ -61,8 +63,9 @@ struct Plan {
 };
 
 // Cycles at 1.8 GHz of one step of K (64 bytes of a token) and of what surrounds a tile, fitted to times of calls on an
-// H200; for int8 to those of an older version, but for tiles of 128 x 64 and 128 x 96, which are guesses. A narrow tile
-// costs what its decoding costs, a wide one what its products cost.
+// H200; for int8 to those of an older version, but for tiles of 128 x 64 and 128 x 96, which are guesses; of pairs,
+// counted by the processor's clock, and a fifteenth more, as the others' fits are. A narrow tile costs what its
+// decoding costs, a wide one what its products cost.
 struct TileCost {
   int step, rest;
 };
@@ -72,10 +75,12 @@ constexpr TileCost tile_cost(int tile) {
                                  {291, 2300}, {396, 2900}, {495, 2500}, {537, 5700}, {430, 3000}};
   constexpr TileCost kInt8[] = {{150, 3100}, {160, 3100}, {170, 2800}, {300, 1400}, {305, 1000},
                                 {310, 1000}, {425, 1000}, {462, 1000}, {524, 2600}};
-  constexpr TileCost kPairs[] = {{120, 2000}, {150, 2200}, {181, 2300}, {200, 2800},
-                                 {270, 3300}, {270, 2850}, {340, 3700}, {330, 3500}};
-  if constexpr (std::is_same_v<F, PairOperand>) return kPairs[tile];
-  else return std::is_same_v<F, TernaryInt8Operand> ? kInt8[tile] : kFloat[tile];
+  constexpr TileCost kPairs[] = {{160, 1700}, {176, 2000}, {196, 2500}, {262, 2500},
+                                 {307, 3200}, {292, 3100}, {370, 4000}, {290, 3300}};
+  if constexpr (std::is_same_v<F, PairOperand>)
+    return kPairs[tile];
+  else
+    return std::is_same_v<F, TernaryInt8Operand> ? kInt8[tile] : kFloat[tile];
 }
 // With so few boxes of a token in all stages, a step of the float formats costs a tenth more: the copy engine does not
 // keep ahead.
@@ -134,8 +139,7 @@ PricedCut price_cut(int64_t tiles, int64_t stages, int64_t processors, int64_t s
 
 // The plan of least cost: rounds of tiles over the processors, times what a tile costs. Of the tiles [first, end).
 template <class F>
-Plan plan_tiles(ScalesOf scales, int64_t M, int64_t N, int64_t K, int processors, int first = 0,
-                int end = kTiles<F>) {
+Plan find_plan(ScalesOf scales, int64_t M, int64_t N, int64_t K, int processors, int first, int end) {
   using T = typename F::T;
   const int64_t steps = ceil_div(K * sizeof(T), kStepBytes);
   Plan best{first, 1, {}, INT64_MAX};
@@ -168,6 +172,18 @@ Plan plan_tiles(ScalesOf scales, int64_t M, int64_t N, int64_t K, int processors
     });
   }
   return best;
+}
+
+// Remembered: to find one takes longer than to launch a kernel.
+template <class F>
+Plan plan_tiles(ScalesOf scales, int64_t M, int64_t N, int64_t K, int processors, int first = 0, int end = kTiles<F>) {
+  using Call = std::tuple<ScalesOf, int64_t, int64_t, int64_t, int, int, int>;
+  constexpr int kRemembered = 64;
+  static thread_local std::array<std::pair<Call, Plan>, kRemembered> plans{};
+  const Call call{scales, M, N, K, processors, first, end};
+  auto& [known, plan] = plans[static_cast<uint64_t>(M * 31 + N * 7 + K) % kRemembered];
+  if (known != call) plan = find_plan<F>(scales, M, N, K, processors, first, end), known = call;
+  return plan;
 }
 
 }  // namespace bitkernels::cuda
