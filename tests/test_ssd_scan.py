@@ -281,7 +281,7 @@ def test_shared_sequences(case):
     assert parts > 1
 
     def divided(*by):
-        return torch.ops.bitkernels.ssd_scan_hopper(*given, *by)[:2]
+        return torch.ops.bitkernels.ssd_scan_hopper(*given, *by)
 
     alone = divided(1, 0.0)
     for name, out, ref in zip(("y", "final_states"), alone, run_reference(case, tensors), strict=True):
@@ -303,11 +303,11 @@ def test_second_parts_in_turns(T, gated):
     case = Case(1, T, 80, 64, 128, D="H", z=True, initial=True)
     x, dt, A, B, C, D, z, dt_bias, initial = joined_inputs(case, "cuda", torch.bfloat16)[:9]
     given = x, dt, A, B, C, D, z if gated else None, dt_bias, initial, True, 0.0, None
-    alone = torch.ops.bitkernels.ssd_scan_hopper(*given, 1, 0.0, 1, gated)
+    alone = torch.ops.bitkernels.ssd_scan_hopper(*given, 1, 0.0, 1)
     for states_cost in (0.0, 0.4, 0.9):
-        assert all(map(torch.equal, torch.ops.bitkernels.ssd_scan_hopper(*given, 2, states_cost, 2, gated), alone))
+        assert all(map(torch.equal, torch.ops.bitkernels.ssd_scan_hopper(*given, 2, states_cost, 2), alone))
     with pytest.raises(ValueError, match="turns"):
-        torch.ops.bitkernels.ssd_scan_hopper(*given, 1, 0.4, 2, gated)
+        torch.ops.bitkernels.ssd_scan_hopper(*given, 1, 0.4, 2)
 
 
 @pytest.mark.gpu

@@ -113,6 +113,18 @@ struct PairScales {
 struct PairSums {
   float most = 0.0f, plain = 0.0f, square = 0.0f;
 
+  __device__ void add(const PairChunk& x) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        plain += x.v[half][i];
+        most = fmaxf(most, fabsf(x.v[half][i]));
+      }
+    }
+  }
+
+  // Scales x.
   __device__ void add(PairChunk& x, const PairScales& of) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -150,10 +162,11 @@ struct PairSums {
 
 // A block a token, and then another. What a thread holds of one stays in registers, and the scales of its columns,
 // unless rows are longer than that.
-constexpr int kMostPairThreads = 512;
+template <bool kScaled>
+constexpr int kMostPairThreads = kScaled ? 512 : 1024;
 
-template <typename T, bool kVectors, bool kHeld>
-__global__ void __launch_bounds__(kMostPairThreads) pair_rows_kernel(const __grid_constant__ PairRows p) {
+template <typename T, bool kVectors, bool kHeld, bool kScaled>
+__global__ void __launch_bounds__(kMostPairThreads<kScaled>) pair_rows_kernel(const __grid_constant__ PairRows p) {
   __shared__ float scratch[2][3][32];
   const T* x = static_cast<const T*>(p.x);
   const int64_t chunks = p.pitch / kPairColumns, own = threadIdx.x;
@@ -161,7 +174,7 @@ __global__ void __launch_bounds__(kMostPairThreads) pair_rows_kernel(const __gri
   PairScales of;
   PairChunk chunk;
   RawPairChunk<T> raw;
-  if (kHeld && works) of.load<kVectors>(p, own);
+  if (kHeld && kScaled && works) of.load<kVectors>(p, own);
   wait_for_previous_kernel();
   let_next_kernel_start();
   if (kHeld && works) raw.template load<kVectors>(x + blockIdx.x * p.K, own, p.K);
@@ -170,24 +183,31 @@ __global__ void __launch_bounds__(kMostPairThreads) pair_rows_kernel(const __gri
     const T* row = x + m * p.K;
     fp16* pairs = p.pairs + m * p.pitch;
     PairSums sums;
+    const auto add = [&](PairSums& to) {
+      if constexpr (kScaled)
+        to.add(chunk, of);
+      else
+        to.add(chunk);
+    };
     const auto load = [&](int64_t i) {
-      of.load<kVectors>(p, i);
+      if (kScaled) of.load<kVectors>(p, i);
       raw.template load<kVectors>(row, i, p.K);
       chunk.widen(raw);
     };
     if constexpr (kHeld) {
       chunk.widen(raw);
       if (works && m + gridDim.x < p.M) raw.template load<kVectors>(row + gridDim.x * p.K, own, p.K);
-      if (works) sums.add(chunk, of);
+      if (works) add(sums);
     } else {
-      for (int64_t i = own; i < chunks; i += blockDim.x) load(i), sums.add(chunk, of);
+      for (int64_t i = own; i < chunks; i += blockDim.x) load(i), add(sums);
     }
     sums.reduce(scratch[turn]);
     if constexpr (kHeld) {
       if (works) chunk.store(pairs, own, sums.scale());
     } else {
       for (int64_t i = own; i < chunks; i += blockDim.x) {
-        load(i), PairSums().add(chunk, of);
+        PairSums again;
+        load(i), add(again);
         chunk.store(pairs, i, sums.scale());
       }
     }
@@ -198,18 +218,24 @@ __global__ void __launch_bounds__(kMostPairThreads) pair_rows_kernel(const __gri
   }
 }
 
-template <typename T>
-void pair_rows(const PairRows& p, cudaStream_t stream) {
-  constexpr int kThreadsOfProcessor = 640;
+template <typename T, bool kScaled>
+void launch_pair_rows(const PairRows& p, cudaStream_t stream) {
+  constexpr int kMost = kMostPairThreads<kScaled>, kThreadsOfProcessor = kScaled ? 640 : 1024;
   const bool vectors =
       p.K % 8 == 0 && aligned(p.x, 16) && aligned(p.scale, 16) && aligned(p.shift, 16) && aligned(p.norm, 16);
-  const int64_t threads = std::min<int64_t>(ceil_div(p.pitch / kPairColumns, 32) * 32, kMostPairThreads);
-  const bool held = p.pitch / kPairColumns <= kMostPairThreads;
-  const auto kernel = held ? (vectors ? pair_rows_kernel<T, true, true> : pair_rows_kernel<T, false, true>)
-                           : (vectors ? pair_rows_kernel<T, true, false> : pair_rows_kernel<T, false, false>);
+  const int64_t chunks = p.pitch / kPairColumns, threads = std::min<int64_t>(ceil_div(chunks, 32) * 32, kMost);
+  const bool held = chunks <= kMost;
+  const auto kernel =
+      held ? (vectors ? pair_rows_kernel<T, true, true, kScaled> : pair_rows_kernel<T, false, true, kScaled>)
+           : (vectors ? pair_rows_kernel<T, true, false, kScaled> : pair_rows_kernel<T, false, false, kScaled>);
   const int64_t resident = std::max<int64_t>(1, kThreadsOfProcessor / threads);
   const int64_t blocks = std::min(p.M, resident * device_attribute(cudaDevAttrMultiProcessorCount));
   launch(kernel, Grid{dim3(static_cast<unsigned>(blocks)), static_cast<int>(threads), 0, true}, stream, p);
+}
+
+template <typename T>
+void pair_rows(const PairRows& p, cudaStream_t stream) {
+  p.scale || p.shift || p.norm ? launch_pair_rows<T, true>(p, stream) : launch_pair_rows<T, false>(p, stream);
 }
 
 }  // namespace bitkernels::cuda

@@ -98,7 +98,7 @@ template <class Operand>
 int64_t cycles_of(ScalesOf scales, const Product& q) {
   constexpr int kLaunchCycles = 1500;
   constexpr int kQuantizeCycles = 3700;
-  constexpr int kRewriteCycles = 3000;
+  constexpr int kRewriteCycles = 4000;
   constexpr int64_t kRewrittenPerCycle = 500;  // elements
   const bool rewrites = std::is_same_v<Operand, PairOperand> || q.K % 8 != 0;
   const int64_t before = std::is_same_v<Operand, TernaryInt8Operand> ? kQuantizeCycles

@@ -71,7 +71,7 @@ struct TileCost {
 };
 template <class F>
 constexpr TileCost tile_cost(int tile) {
-  constexpr TileCost kFloat[] = {{95, 3100},  {105, 3100}, {110, 2800}, {214, 1400}, {259, 800},
+  constexpr TileCost kFloat[] = {{95, 3100},  {105, 3100}, {136, 2800}, {214, 1400}, {259, 800},
                                  {291, 2300}, {396, 2900}, {495, 2500}, {537, 5700}, {430, 3000}};
   constexpr TileCost kInt8[] = {{150, 3100}, {160, 3100}, {170, 2800}, {300, 1400}, {305, 1000},
                                 {310, 1000}, {425, 1000}, {462, 1000}, {524, 2600}};
@@ -93,8 +93,8 @@ constexpr int kSentBytesPerCycle = 16;
 constexpr int kLeaveCost = 500;
 constexpr int kFetchCost = 2500;
 constexpr int kAddCost = 1300;
-constexpr int kPartialBytesPerCycle = 40;
-constexpr int kAddedBytesPerCycle = 100;
+constexpr int kPartialBytesPerCycle = 25;
+constexpr int kAddedBytesPerCycle = 60;
 
 // Clusters that run at once. The processors of one belong to the same group of up to 18, and not all groups are full.
 inline int64_t most_clusters(int64_t processors, int blocks) { return processors / 18 * (16 / blocks); }
