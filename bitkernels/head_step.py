@@ -1,7 +1,6 @@
 """``head_step``: the logits of a decode step."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from bitkernels import dense_linear
@@ -52,8 +51,8 @@ def _run(residual: Tensor, norm_weight: Tensor, weight: Tensor, eps: float = 1e-
         logits = weight.new_empty(residual.shape[0], weight.shape[0])
         if torch.ops.bitkernels.head_step_hopper(residual, norm_weight, weight, logits, eps):
             return logits
-    normed = F.rms_norm(residual, norm_weight.shape, norm_weight.to(residual.dtype), eps)
-    return dense_linear(normed.to(weight.dtype), weight)
+    normed = torch.ops.bitkernels.add_rms_norm(None, residual, norm_weight, eps, weight.dtype)[1]
+    return dense_linear(normed, weight)
 
 
 _HAS_KERNEL = torch._C._dispatch_has_kernel_for_dispatch_key("bitkernels::head_step_hopper", "CUDA")

@@ -102,7 +102,7 @@ def test_more_rows_than_fit_at_once(device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("M", [1, 2, 3, 5, 8, 13, 16, 32, 64, 100, 300])
+@pytest.mark.parametrize("M", [1, 2, 3, 5, 8, 13, 16, 32, 64, 100, 300, 3000])
 def test_as_accurate_as_the_dense_layer(M, dtype, device):
     """The error is no larger than that of F.linear with W~ rounded to the activations' dtype."""
     case = Case((M,), 640, 512, "column")
@@ -254,6 +254,72 @@ def test_compiled_training(device):
         return bitkernels.packed_linear(*args).square().sum()
 
     check_compiled_gradients(loss, args, tensors, "inductor")
+
+
+PAIRS = [  # every tile; rows of K that end within a pair, a word and a box, and rows longer than a block holds
+    Case((300,), 3000, 2049, "row", bias=True),
+    Case((190,), 3000, 2049, "row"),
+    Case((600,), 3000, 2049, "single"),
+    Case((260,), 4104, 2081, bias=True),
+    Case((500,), 4104, 2081),
+    Case((700,), 4104, 2081),
+    Case((130,), 9001, 2561),
+    Case((260,), 9001, 2561, bias=True),
+    Case((300,), 9001, 2561),
+    Case((400,), 5000, 4096),
+    Case((150,), 9000, 9000, "row"),
+    Case((260,), 9000, 9000),
+    Case((300,), 3000, 17000, "row"),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.memcheck
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", PAIRS, ids=str)
+def test_pairs_of_columns(case, dtype):
+    """Sums and differences in fp16: right, whatever the size of a token, and infinities and NaN stay in theirs."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device is visible")
+    x, w_packed, alpha, beta, bias = inputs(case, "cuda", dtype)
+    M = case.batch[0]
+    plan = bitkernels.explain(M, case.N, case.K, dtype, scales=case.scales, device="cuda")
+    if torch.cuda.get_device_properties(0).multi_processor_count == 132 and "warpgroup" in plan:
+        assert "pairs of columns" in plan
+    sizes = torch.logspace(-30, 30, M, 10) if dtype == torch.bfloat16 else torch.logspace(-3, 2, M, 10)
+    x = (x * sizes.cuda()[torch.randperm(M), None]).to(dtype)
+    x[5] = 0
+    dense = bitkernels.unpack_sign(w_packed, case.K).double() * alpha + beta
+    y, ref = bitkernels.packed_linear(x, w_packed, alpha, beta), F.linear(x.double(), dense)
+    fits = ref.abs().amax(1) < torch.finfo(dtype).max
+    scale = ref.square().mean(1, keepdim=True).sqrt().clamp(min=1e-37)
+    assert_close("y", (y.double() / scale)[fits], (ref / scale)[fits])
+    x = torch.randn_like(x)
+    expected = bitkernels.packed_linear(x, w_packed, alpha, beta, bias)
+    if bias is not None:
+        assert_close("y", expected, F.linear(x.double(), dense, bias.double()))
+    x[3, case.K // 2], x[7, 0] = torch.inf, torch.nan
+    y = bitkernels.packed_linear(x, w_packed, alpha, beta, bias)
+    assert not y[3].isfinite().any()
+    assert y[7].isnan().all()
+    rest = torch.ones(M, dtype=torch.bool)
+    rest[[3, 7]] = False
+    assert torch.equal(y[rest], expected[rest])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("scales", ["column", "row"])
+@pytest.mark.parametrize(("M", "K"), [(600, 2049), (700, 2080)])
+def test_pairs_return_the_matrix(M, K, scales):
+    """Each column alone: one-hot activations, many of them, with alpha and beta that fp16 holds."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device is visible")
+    _, w_packed, alpha, beta, _ = inputs(Case((M,), 3000, K, scales), "cuda", torch.bfloat16)
+    alpha, beta = alpha.bfloat16().float(), torch.zeros_like(beta)
+    columns = torch.randperm(K, device="cuda")[:M]
+    x = F.one_hot(columns, K).bfloat16()
+    dense = bitkernels.unpack_sign(w_packed, K) * alpha
+    assert torch.equal(bitkernels.packed_linear(x, w_packed, alpha, beta), dense.T[columns].bfloat16())
 
 
 @pytest.mark.gpu

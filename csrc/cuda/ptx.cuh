@@ -93,6 +93,28 @@ __device__ inline void prefetch_to_l2(const void* p, uint32_t bytes) {
 #endif
 }
 
+__device__ inline void prefetch_to_l2(const void* p, uint32_t bytes, uint64_t policy) {
+#if __CUDA_ARCH__ >= 900
+  if (bytes > 0) {
+    asm volatile("cp.async.bulk.prefetch.L2.global.L2::cache_hint [%0], %1, %2;" ::"l"(p), "r"(bytes), "l"(policy));
+  }
+#endif
+}
+
+// What is not needed again leaves L2 before other lines, and what is to be there when it is needed, after them.
+#if __CUDA_ARCH__ >= 800
+__device__ inline uint64_t evict_first() {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+__device__ inline uint64_t evict_last() {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+#endif
+
 // Lets a kernel launched with Grid::overlaps_previous start, once every block has called this.
 __device__ inline void let_next_kernel_start() {
 #if __CUDA_ARCH__ >= 900

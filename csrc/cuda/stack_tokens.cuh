@@ -3,8 +3,8 @@
 //
 // Their states are most of what a processor exchanges with memory. A ring in shared memory holds rounds of them, eight
 // rows of each token; a warp of its own has the copy engine write back what has been computed and bring what comes next
-// in its place, one copy after the other, as many at once take a sixth longer at 780M. They leave L2 first: else they
-// throw out weights that were brought there a layer ahead.
+// in its place, one copy after the other, as many at once take a sixth longer at 780M. They leave L2 first, and weights
+// that were brought there ahead leave it last, until they are read.
 //
 // All blocks need all activations. Two blocks of a cluster share the rows of both, a half of K each, and send each
 // other sums. Weights are operands of the tensor cores as +1 and -1 in bf16, which is what activations pass from block
@@ -13,7 +13,7 @@
 // in the order of the lanes (fragment_of()).
 //
 // Two more warps fetch: they add up the squares and the shifted activations of all blocks beside the products, and ask
-// for the next layer's weights to come to L2.
+// for the next layer's weights to come to L2, half a layer ahead, when this one's are in registers.
 #pragma once
 
 #include "bit_planes.cuh"
@@ -101,22 +101,23 @@ __global__ void __launch_bounds__(kTokenThreads, 1) stack_tokens_kernel(const __
     move_states(a, layers, shared, states, inner, lane);
   } else if (warp > kTokenWarps) {
     const int part = warp - kTokenWarps - 1;
-    // A layer's weights and exchange come to L2.
+    // A layer's weights and exchange come to L2, to stay there until they are read.
+    const uint64_t kept = evict_last();
     const auto prefetch_layer = [&](int layer) {
       if (layer >= a.count || part > 0) return;
       if (lane < a.in_octets) {
         const int row = shared.in_row[rank * a.in_octets + lane], bytes = a.width / 8;
         if (row >= 0) {
-          prefetch_to_l2(reinterpret_cast<const uint8_t*>(layers[layer].in_packed) + int64_t(row) * bytes, 8 * bytes);
+          prefetch_to_l2(reinterpret_cast<const uint8_t*>(layers[layer].in_packed) + int64_t(row) * bytes, 8 * bytes, kept);
         }
       } else if (lane - a.in_octets < a.out_octets) {
         const int row = shared.out_row[rank * a.out_octets + lane - a.in_octets], bytes = a.inner / 8;
         if (row >= 0) {
-          prefetch_to_l2(reinterpret_cast<const uint8_t*>(layers[layer].out_packed) + int64_t(row) * bytes, 8 * bytes);
+          prefetch_to_l2(reinterpret_cast<const uint8_t*>(layers[layer].out_packed) + int64_t(row) * bytes, 8 * bytes, kept);
         }
       } else if (lane == 31) {
         const int share = (a.layer_bytes / 128 / blocks + 1) * 128, from = block * share;
-        if (from < a.layer_bytes) prefetch_to_l2(exchange_of(layer) + from, min(share, a.layer_bytes - from));
+        if (from < a.layer_bytes) prefetch_to_l2(exchange_of(layer) + from, min(share, a.layer_bytes - from), kept);
       }
     };
     // The sums of some of the blocks, two tokens a lane; the block's own are published before.
@@ -160,7 +161,6 @@ __global__ void __launch_bounds__(kTokenThreads, 1) stack_tokens_kernel(const __
       const int layer = i / 2, which = i % 2;
       float2 own = {};
       if (which == 0) {
-        prefetch_layer(layer + 1);
         named_barrier(2, 32 * (outer.count + kFetchWarps));
 #pragma unroll 1
         for (int octet = 0; octet < outer.count; ++octet) {
@@ -168,6 +168,7 @@ __global__ void __launch_bounds__(kTokenThreads, 1) stack_tokens_kernel(const __
           own.x += sum.x, own.y += sum.y;
         }
       } else {
+        prefetch_layer(layer + 1);
         named_barrier(3, kTokenWorkers + 32 * kFetchWarps);
         const float2 first = shared.state_sums[lane % kStackTokens];
         const float2 second = shared.state_sums[lane % kStackTokens + kStackTokens];
@@ -176,6 +177,7 @@ __global__ void __launch_bounds__(kTokenThreads, 1) stack_tokens_kernel(const __
       add_up(which, reinterpret_cast<float2*>(exchange_of(layer) + (which ? a.out_sums_at : a.in_sums_at)), own);
     }
   } else {
+    const uint64_t once = evict_first();
     const int slice = warp / a.groups, group = warp % a.groups;
     const int first_unit = slice * kInUnits;
     const int units = slice < a.slices ? min(kInUnits, in_units - first_unit) : 0;
@@ -200,7 +202,7 @@ __global__ void __launch_bounds__(kTokenThreads, 1) stack_tokens_kernel(const __
 #pragma unroll
           for (int u = 0; u < kInUnits; ++u) {
             in_weights[u][m][h] = 0;
-            if (row >= 0 && u < units) in_weights[u][m][h] = load_weights(at + 4 * u);
+            if (row >= 0 && u < units) in_weights[u][m][h] = load_weights(at + 4 * u, once);
           }
         }
       }
@@ -218,7 +220,7 @@ __global__ void __launch_bounds__(kTokenThreads, 1) stack_tokens_kernel(const __
           for (int u = 0; u < kOutUnits; ++u) {
             out_weights[u][m][h] = 0;
             if (row >= 0 && warp + kTokenWarps * u < out_units) {
-              out_weights[u][m][h] = load_weights(at + 4 * kTokenWarps * u);
+              out_weights[u][m][h] = load_weights(at + 4 * kTokenWarps * u, once);
             }
           }
         }

@@ -42,9 +42,9 @@ __device__ void multiply_unit(float (&sums)[kTiles][4], const uint32_t (&w)[kTil
   }
 }
 
-__device__ inline uint32_t load_weights(const uint32_t* p) {
+__device__ inline uint32_t load_weights(const uint32_t* p, uint64_t policy) {
   uint32_t v;
-  asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(v) : "l"(p));
+  asm volatile("ld.global.nc.L2::cache_hint.u32 %0, [%1], %2;" : "=r"(v) : "l"(p), "l"(policy));
   return v;
 }
 

@@ -19,13 +19,6 @@ struct StateRound {
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
-// Copies of what is not needed again: they leave L2 first, where weights and values that are handed over stay.
-__device__ inline uint64_t evict_first() {
-  uint64_t policy;
-  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-  return policy;
-}
-
 __device__ inline void load_state(SharedAddress to, const float* from, SharedAddress barrier, uint64_t policy) {
   asm volatile(
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::
