@@ -27,6 +27,7 @@ _PUBLIC = {
     "mamba2_in_step": "mamba2_step",
     "mamba2_mixer": "mamba2_mixer",
     "mamba2_out_step": "mamba2_step",
+    "mamba2_prompt": "mamba2_prompt",
     "mamba2_stack_step": "mamba2_stack_step",
     "mamba2_step": "mamba2_step",
     "pack_sign": "pack",

@@ -1,6 +1,7 @@
 // causal_conv1d on CUDA: checks, allocation, dispatch.
 #include "cuda/causal_conv1d_cuda.h"
 
+#include "cuda_operators.h"
 #include "mixer.h"
 
 namespace bitkernels {
@@ -22,9 +23,11 @@ DType dtype_of(const char* op, const char* argument, const std::optional<Tensor>
 
 bool is_wide(const std::optional<Tensor>& t) { return t && t->scalar_type() == ScalarType::Long; }
 
-Tensor causal_conv1d(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
-                     const std::optional<Tensor>& initial_state, const std::optional<Tensor>& seq_idx,
-                     const std::optional<Tensor>& cu_seqlens, bool silu) {
+}  // namespace
+
+Tensor causal_conv1d_cuda(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                          const std::optional<Tensor>& initial_state, const std::optional<Tensor>& seq_idx,
+                          const std::optional<Tensor>& cu_seqlens, bool silu) {
   constexpr const char* op = "causal_conv1d";
   const DType dtype = kernel_dtype(op, "x", x.scalar_type());
   check_rank(op, "x", x, 3, "[B, T, C]");
@@ -79,7 +82,6 @@ Tensor causal_conv1d(const Tensor& x, const Tensor& weight, const std::optional<
   return y;
 }
 
-}  // namespace
 }  // namespace bitkernels
 
-STABLE_TORCH_LIBRARY_IMPL(bitkernels, CUDA, m) { m.impl("causal_conv1d", TORCH_BOX(&bitkernels::causal_conv1d)); }
+STABLE_TORCH_LIBRARY_IMPL(bitkernels, CUDA, m) { m.impl("causal_conv1d", TORCH_BOX(&bitkernels::causal_conv1d_cuda)); }

@@ -98,7 +98,13 @@ STABLE_TORCH_LIBRARY(bitkernels, m) {
   m.def(
       "mamba2_out_step(Tensor(a!) residual, Tensor y, Tensor norm_weight, Tensor w_packed, Tensor alpha, "
       "Tensor beta, Tensor? bias=None, float eps=1e-05) -> ()");
-  // All of it.
+  // Many tokens through a layer.
+  m.def(
+      "mamba2_prompt(Tensor(a!) residual, Tensor in_norm, Tensor in_packed, Tensor in_alpha, Tensor in_beta, "
+      "Tensor? in_bias, Tensor(b!) conv_state, Tensor conv_weight, Tensor? conv_bias, Tensor(c!) ssm_state, Tensor A, "
+      "Tensor? D, Tensor dt_bias, Tensor out_norm, Tensor out_packed, Tensor out_alpha, Tensor out_beta, "
+      "Tensor? out_bias, ScalarType dtype, float in_eps=1e-05, float out_eps=1e-05) -> ()");
+  // One.
   m.def(
       "mamba2_step(Tensor(a!) residual, Tensor in_norm, Tensor in_packed, Tensor in_alpha, Tensor in_beta, "
       "Tensor? in_bias, Tensor(b!) conv_state, Tensor conv_weight, Tensor? conv_bias, Tensor(c!) ssm_state, Tensor A, "

@@ -3,6 +3,7 @@
 
 #include <array>
 
+#include "cuda_operators.h"
 #include "mixer.h"
 
 // Without code for sm_90a it would launch kernels that do nothing.
@@ -95,11 +96,15 @@ std::tuple<Tensor, Tensor> ssd_scan_chunks(const ScanArguments& a) {
   return {to<Tensor>(stack[0]), to<Tensor>(stack[1])};
 }
 
-std::tuple<Tensor, Tensor> ssd_scan(const Tensor& x, const Tensor& dt, const Tensor& A, const Tensor& B,
-                                    const Tensor& C, const std::optional<Tensor>& D, const std::optional<Tensor>& z,
-                                    const std::optional<Tensor>& dt_bias, const std::optional<Tensor>& initial_states,
-                                    const std::optional<Tensor>& seq_idx, const std::optional<Tensor>& cu_seqlens,
-                                    bool dt_softplus, double dt_min, std::optional<double> dt_max, int64_t chunk_size) {
+}  // namespace
+
+std::tuple<Tensor, Tensor> ssd_scan_cuda(const Tensor& x, const Tensor& dt, const Tensor& A, const Tensor& B,
+                                         const Tensor& C, const std::optional<Tensor>& D,
+                                         const std::optional<Tensor>& z, const std::optional<Tensor>& dt_bias,
+                                         const std::optional<Tensor>& initial_states,
+                                         const std::optional<Tensor>& seq_idx, const std::optional<Tensor>& cu_seqlens,
+                                         bool dt_softplus, double dt_min, std::optional<double> dt_max,
+                                         int64_t chunk_size) {
   constexpr const char* op = "ssd_scan";
   const ScanArguments a{x,       dt,         A,           B,      C,      D,         z, dt_bias, initial_states,
                         seq_idx, cu_seqlens, dt_softplus, dt_min, dt_max, chunk_size};
@@ -109,6 +114,8 @@ std::tuple<Tensor, Tensor> ssd_scan(const Tensor& x, const Tensor& dt, const Ten
   if (by.parts == 0) return ssd_scan_chunks(a);
   return scan(op, a, by, launch);
 }
+
+namespace {
 
 std::tuple<int64_t, double, int64_t> ssd_scan_division(const Tensor& x, const Tensor& B, const Tensor& C,
                                                        const std::optional<Tensor>& z,
@@ -140,7 +147,7 @@ std::tuple<Tensor, Tensor> ssd_scan_hopper(const Tensor& x, const Tensor& dt, co
 }  // namespace bitkernels
 
 STABLE_TORCH_LIBRARY_IMPL(bitkernels, CUDA, m) {
-  m.impl("ssd_scan", TORCH_BOX(&bitkernels::ssd_scan));
+  m.impl("ssd_scan", TORCH_BOX(&bitkernels::ssd_scan_cuda));
   m.impl("ssd_scan_division", TORCH_BOX(&bitkernels::ssd_scan_division));
   m.impl("ssd_scan_hopper", TORCH_BOX(&bitkernels::ssd_scan_hopper));
 }

@@ -22,6 +22,7 @@ from bitkernels import (
     mamba2_in_step,
     mamba2_mixer,
     mamba2_out_step,
+    mamba2_prompt,
     mamba2_stack_step,
     mamba2_step,
     rms_norm,
@@ -29,6 +30,7 @@ from bitkernels import (
 )
 from bitkernels.dense_linear import torch_is_slow
 from bitkernels.mamba2_mixer import gated_mixer
+from bitkernels.mamba2_prompt import moved_on
 from bitkernels.mamba2_step import one_product
 from bitkernels.models.config import BiMambaConfig
 from bitkernels.nn import BitEmbedding, BitLinear, FBILinear, Int8Embedding, PackedLinear
@@ -130,13 +132,6 @@ class Packed(NamedTuple):
             return moved_on(states, xbc)
         read = xbc[0, self.new].to(states.dtype)
         return torch.where(self.is_old, states.gather(1, self.old.expand_as(states)), read)
-
-
-def moved_on(states: Tensor, xbc: Tensor) -> Tensor:
-    """The last W - 1 of ``states`` [B, W - 1, C] and ``xbc`` [B, T, C] after them, in either's type."""
-    width = states.shape[1]
-    read = xbc[:, max(0, xbc.shape[1] - width) :]
-    return read if read.shape[1] == width else torch.cat([states, read.to(states.dtype)], 1)[:, read.shape[1] :]
 
 
 def store(states: Tensor, where: Tensor | slice, new: Tensor) -> None:
@@ -283,9 +278,16 @@ class Mixer(nn.Module):
         packed: Packed | None = None,
     ) -> None:
         """``residual += self(norm(residual))``, norms and sum within the products: see ``one_product``."""
-        of, rows = self._parameters, residual.view(-1, residual.shape[-1])
-        into, config = self.in_proj, self.config
-        w_packed, alpha, beta, bias = into.packed()
+        of, config, into = self._parameters, self.config, self.in_proj.packed()
+        if packed is None or (packed.cu_seqlens is None and isinstance(packed.states, slice)):
+            whose = slice(None) if packed is None else packed.states
+            mamba2_prompt(
+                residual, norm.weight, *into, conv_state[whose], of["conv_weight"], of["conv_bias"], ssm_state[whose],
+                self.kept_A(), of["D"], of["dt_bias"], of["norm_weight"], *self.out_proj.packed(), dtype, norm.eps,
+                config.norm_eps,
+            )  # fmt: skip
+            return
+        rows, (w_packed, alpha, beta, bias) = residual.view(-1, residual.shape[-1]), into
         projected = mamba2_in_step(rows, norm.weight, w_packed, alpha, beta, None, None, None, 0, dtype, bias, norm.eps)
         projected = projected.view(*residual.shape[:-1], -1)
         states, initial_conv, initial_ssm, cu_seqlens = self._initial(conv_state, ssm_state, packed)
