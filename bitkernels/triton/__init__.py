@@ -17,7 +17,7 @@ _SCAN = {
     "causal_conv1d": ("causal_conv1d", "causal_conv1d_backward", "causal_conv1d_step"),
     "gated_rms_norm": ("gated_rms_norm", "gated_rms_norm_backward"),
     "ssd_scan": ("ssd_scan", "ssd_scan_chunks", "ssd_scan_division"),
-    "ssd_scan_backward": ("ssd_scan_backward",),
+    "ssd_hopper": ("ssd_scan_backward",),
 }
 _PACKED = {
     "mamba2_step": ("mamba2_in_step", "mamba2_out_step", "mamba2_step"),

@@ -107,6 +107,19 @@ def check_scan(
     return sequences
 
 
+def check_backward(
+    dy, dfinal_states, x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, cu_seqlens, dt_min, dt_max, chunk_size
+) -> int:
+    """Of the scan; returns the number of sequences."""
+    op = "ssd_scan_backward"
+    sequences = check_scan(
+        op, x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, cu_seqlens, dt_min, dt_max, chunk_size
+    )
+    check_like(op, "dy", dy, x, tuple(x.shape))
+    check_floating(op, "dfinal_states", dfinal_states, x, (sequences, *x.shape[2:], B.shape[3]))
+    return sequences
+
+
 def check_step(op, state, x, dt, A, B, C, D, z, dt_bias, dt_min, dt_max, state_indices, seed, position) -> None:
     check_activation(op, "x", x)
     check_activation(op, "state", state)

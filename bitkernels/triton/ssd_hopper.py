@@ -1,5 +1,6 @@
-"""Which backward scans the CUDA C++ kernels for Hopper GPUs take (csrc/cuda/ssd_scan_backward_hopper.cu), and how they
-divide them. Of the forward csrc/ssd_scan_hopper.cpp decides that.
+"""``ssd_scan_backward`` on CUDA: which scans the C++ kernels for Hopper GPUs take, and how they divide them
+(csrc/cuda/ssd_scan_backward_hopper.cu). Of the forward csrc/ssd_scan_hopper.cpp decides that. Triton has the others,
+and is not imported before one of them comes.
 
 They are built for 16-bit types, P = 64 and N = 64 or 128, know no ``seq_idx`` and ``cu_seqlens``, and their copy engine
 wants everything on 16-byte boundaries. They walk a head in one thread block from beginning to end: with heads for a
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor
 
 from bitkernels.triton.arguments import cdiv
+from bitkernels.triton.launch import layout, planned
+from bitkernels.triton.mixer_arguments import check_backward
 
 BLOCK_T = 64
 # Heads of the whole batch, in processors, from which on they take a scan.
@@ -75,3 +78,57 @@ def divide_backward(x: Tensor, B: Tensor) -> tuple[int, int, int]:
     ]
     rows, splits = min(choices, key=time)
     return rows, length, splits
+
+
+class HopperBackward:
+    """Checks arguments, and what the kernels are told of them."""
+
+    def __init__(
+        self, dy, dfinal_states, x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, cu_seqlens, dt_softplus,
+        dt_min, dt_max, chunk_size,
+    ):  # fmt: skip
+        check_backward(
+            dy, dfinal_states, x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, cu_seqlens, dt_min, dt_max,
+            chunk_size,
+        )  # fmt: skip
+        self.options = None
+        if x.numel() == 0:
+            return
+        dy = _rows(dy)
+        if backward_on_hopper(dy, dfinal_states, x, dt, B, C, D, z, initial_states, seq_idx, cu_seqlens):
+            self.options = dt_softplus, dt_min, dt_max, *divide_backward(x, B)
+
+
+def _rows(dy: Tensor) -> Tensor:
+    return dy if dy.stride(3) == 1 else dy.contiguous()
+
+
+def ssd_scan_backward(
+    dy: Tensor,
+    dfinal_states: Tensor | None,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    initial_states: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    dt_softplus: bool = False,
+    dt_min: float = 0.0,
+    dt_max: float | None = None,
+    chunk_size: int = 64,
+) -> tuple[Tensor, ...]:
+    """``bitkernels::ssd_scan_backward``."""
+    tensors = dy, dfinal_states, x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, cu_seqlens
+    options = dt_softplus, dt_min, dt_max, chunk_size
+    own = planned(("on_hopper", options, *map(layout, tensors)), lambda: HopperBackward(*tensors, *options)).options
+    if own is None:
+        from bitkernels.triton import ssd_scan_backward as chunks
+
+        return chunks.ssd_scan_backward(*tensors, *options)
+    hopper = torch.ops.bitkernels.ssd_scan_backward_hopper.default
+    return hopper(_rows(dy), dfinal_states, x, dt, A, B, C, D, z, dt_bias, initial_states, *own)

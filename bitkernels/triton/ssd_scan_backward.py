@@ -10,7 +10,8 @@ Time is taken in parts, so that h and dh take a bounded amount of memory.
 The gradient of the decay between tokens k - 1 and k is the sum of all that crosses it, taken directly: differences of
 running sums would lose the small gradients of strong decays.
 
-On Hopper GPUs the usual case is left to CUDA C++, which divides the work in the same way; see ``ssd_hopper``.
+On Hopper GPUs the usual case goes to CUDA C++, which divides the work in the same way, before it comes here; see
+``ssd_hopper``.
 """
 
 import torch
@@ -21,9 +22,8 @@ from torch import Tensor
 from bitkernels.triton.arguments import cdiv
 from bitkernels.triton.elementwise import silu, silu_gradient, step_options, step_size
 from bitkernels.triton.launch import Launch, layout, planned
-from bitkernels.triton.mixer_arguments import check_floating, check_like, check_scan
+from bitkernels.triton.mixer_arguments import check_backward
 from bitkernels.triton.ssd_group_gradients import plan_group_gradients
-from bitkernels.triton.ssd_hopper import backward_on_hopper, divide_backward
 from bitkernels.triton.ssd_states import (
     SLOTS,
     Decays,
@@ -272,21 +272,15 @@ class BackwardPlan:
         self, dy, dfinal_states, x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, cu_seqlens, dt_softplus,
         dt_min, dt_max, chunk_size,
     ):  # fmt: skip
-        op = "ssd_scan_backward"
-        sequences = check_scan(
-            op, x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, cu_seqlens, dt_min, dt_max, chunk_size
-        )
-        check_like(op, "dy", dy, x, tuple(x.shape))
-        H, P = x.shape[2:]
-        G, N = B.shape[2:]
-        check_floating(op, "dfinal_states", dfinal_states, x, (sequences, H, P, N))
+        sequences = check_backward(
+            dy, dfinal_states, x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, cu_seqlens, dt_min, dt_max,
+            chunk_size,
+        )  # fmt: skip
         if x.numel() == 0:
             return
+        H, P = x.shape[2:]
+        G, N = B.shape[2:]
         dy = dense(dy)
-        self.hopper = backward_on_hopper(dy, dfinal_states, x, dt, B, C, D, z, initial_states, seq_idx, cu_seqlens)
-        if self.hopper:
-            self.options = dt_softplus, dt_min, dt_max, *divide_backward(x, B)
-            return
         x, B, C, z, seq_idx, cu_seqlens = dense_inputs(x, B, C, z, seq_idx, cu_seqlens)
         tile = scan_tile(x.dtype, P, N)
         programs = 2 * H // walk_heads(x, B, z, tile)
@@ -325,9 +319,6 @@ class BackwardPlan:
         self, dy, dfinal_states, x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, cu_seqlens
     ) -> tuple[Tensor, ...]:
         dy = dense(dy)
-        if self.hopper:
-            scan = torch.ops.bitkernels.ssd_scan_backward_hopper.default
-            return scan(dy, dfinal_states, x, dt, A, B, C, D, z, dt_bias, initial_states, *self.options)
 
         def fresh(shape, dtype=torch.float32):
             return torch.empty(shape, dtype=dtype, device=x.device)
