@@ -54,8 +54,7 @@ void mamba2_prompt(Tensor residual, const Tensor& in_norm, const Tensor& in_pack
                                {of.size(0), of.size(1), heads, size});
   };
   const Tensor inputs = torch::stable::narrow(columns, 2, inner, channels);
-  Tensor convolved =
-      causal_conv1d_cuda(inputs, conv_weight, conv_bias, conv_state, std::nullopt, std::nullopt, true);
+  Tensor convolved = causal_conv1d_cuda(inputs, conv_weight, conv_bias, conv_state, std::nullopt, std::nullopt, true);
   const auto [y, final_states] =
       ssd_scan_cuda(part(convolved, 0, H, P), torch::stable::narrow(columns, 2, inner + channels, H), A,
                     part(convolved, inner, G, N), part(convolved, inner + G * N, G, N), D, part(columns, 0, H, P),

@@ -340,19 +340,14 @@ void run_added(const Mamba2OutStep& p, cudaStream_t stream) {
        static_cast<float>(p.eps), reinterpret_cast<fp16*>(workspace), tokens, linear.M, linear.K, places.pitch},
       stream);
   const Weights w = weights(linear.w_packed, linear.N, ceil_div(linear.K, kSignsPerWord));
-  WarpgroupProblem product{};
-  product.w = w.packed;
-  product.alpha = by_column ? nullptr : alpha;
-  product.beta = by_column ? nullptr : beta;
-  product.scale_stride = linear.axis == ScaleAxis::kRow ? 1 : 0;
-  product.bias = static_cast<const float*>(linear.bias);
-  product.tokens = tokens;
-  product.y = p.residual;
-  product.rows = linear.N;
-  product.words = w.words;
-  product.M = linear.M;
-  product.K = linear.K;
-  product.aligned_words = w.vector;
+  const Epilogue e{by_column ? nullptr : alpha,
+                   by_column ? nullptr : beta,
+                   linear.axis == ScaleAxis::kRow ? 1 : 0,
+                   static_cast<const float*>(linear.bias),
+                   p.residual,
+                   DType::kFloat32,
+                   linear.N};
+  const WarpgroupProblem product = warpgroup_problem(w, e, tokens, linear.M, linear.K);
   const Plan plan = plan_tiles<PairOperand>(ScalesOf::kNothing, linear.M, linear.N, linear.K, processor_count(),
                                             kAddedTile, kAddedTile + 1);
   run_warpgroup<PairOperand, ScalesOf::kNothing, AddedTile, float>(workspace, places.pitch, product, plan.blocks,

@@ -108,12 +108,14 @@ __global__ void __launch_bounds__(kTokenThreads, 1) stack_tokens_kernel(const __
       if (lane < a.in_octets) {
         const int row = shared.in_row[rank * a.in_octets + lane], bytes = a.width / 8;
         if (row >= 0) {
-          prefetch_to_l2(reinterpret_cast<const uint8_t*>(layers[layer].in_packed) + int64_t(row) * bytes, 8 * bytes, kept);
+          prefetch_to_l2(reinterpret_cast<const uint8_t*>(layers[layer].in_packed) + int64_t(row) * bytes, 8 * bytes,
+                         kept);
         }
       } else if (lane - a.in_octets < a.out_octets) {
         const int row = shared.out_row[rank * a.out_octets + lane - a.in_octets], bytes = a.inner / 8;
         if (row >= 0) {
-          prefetch_to_l2(reinterpret_cast<const uint8_t*>(layers[layer].out_packed) + int64_t(row) * bytes, 8 * bytes, kept);
+          prefetch_to_l2(reinterpret_cast<const uint8_t*>(layers[layer].out_packed) + int64_t(row) * bytes, 8 * bytes,
+                         kept);
         }
       } else if (lane == 31) {
         const int share = (a.layer_bytes / 128 / blocks + 1) * 128, from = block * share;

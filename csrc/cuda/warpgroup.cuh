@@ -8,6 +8,7 @@
 // processors idle (WarpgroupWork).
 //
 // Scales that follow the columns are tabulated once a block as the two values a weight may take, and a bit chooses.
+// Products of pairs of columns (PairOperand) are the exception: a kernel before makes their activations, scaled.
 #pragma once
 
 #include <type_traits>
@@ -32,7 +33,7 @@ struct Turn {
 
 __device__ inline float finish_row(const RowScalars& r, float sum) { return fmaf(sum, r.scale, r.bias); }
 
-// token: what is added in the units of the activations, and the unit.
+// token: an Int8Token's words, what is added in the units of the activations and the unit.
 __device__ inline float finish_pairs(const RowScalars& r, float sum, const uint32_t* token) {
   return fmaf(r.scale, sum * __uint_as_float(token[1]), fmaf(r.shift, __uint_as_float(token[0]), r.bias));
 }
@@ -237,21 +238,23 @@ __device__ void consume(const CUtensorMap& output, const WarpgroupProblem& p, Sh
 #pragma unroll
       for (int first = 0; first < Layout::kSteps; first += kTogether) {
         typename F::Left(&operands)[kTogether] = a[first / kTogether % 2];
-        if constexpr (kPairs) operand.decode(next.upper, next.lower, operands);
+        if constexpr (kPairs) {
+          operand.decode(next.upper, next.lower, operands);
+        } else {
 #pragma unroll
-        for (int i = 0; i < kTogether && !kPairs; ++i) {
-          const uint32_t (&upper)[F::kWords] = next.upper[(first + i) % kStepsOfBox];
-          const uint32_t (&lower)[F::kWords] = next.lower[(first + i) % kStepsOfBox];
-          if constexpr (kPairs) {
-          } else if constexpr (kColumnScales) {
-            const auto of_column = [&](int k, int) {
-              return Values{next.columns[i][k / 2][k % 2 * 2], next.columns[i][k / 2][k % 2 * 2 + 1]};
-            };
-            operand.decode(upper, lower, of_column, operands[i]);
-          } else if constexpr (kScales == ScalesOf::kRows) {
-            operand.decode(upper, lower, [&](int, int h) { return rows[h]; }, operands[i]);
-          } else {
-            operand.decode(upper, lower, operands[i]);
+          for (int i = 0; i < kTogether; ++i) {
+            const uint32_t (&upper)[F::kWords] = next.upper[(first + i) % kStepsOfBox];
+            const uint32_t (&lower)[F::kWords] = next.lower[(first + i) % kStepsOfBox];
+            if constexpr (kColumnScales) {
+              const auto of_column = [&](int k, int) {
+                return Values{next.columns[i][k / 2][k % 2 * 2], next.columns[i][k / 2][k % 2 * 2 + 1]};
+              };
+              operand.decode(upper, lower, of_column, operands[i]);
+            } else if constexpr (kScales == ScalesOf::kRows) {
+              operand.decode(upper, lower, [&](int, int h) { return rows[h]; }, operands[i]);
+            } else {
+              operand.decode(upper, lower, operands[i]);
+            }
           }
         }
         const auto fetch_next = [&] {

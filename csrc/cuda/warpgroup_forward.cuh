@@ -171,14 +171,8 @@ int64_t warpgroup_workspace(const void* x, const Product& q) {
   });
 }
 
-// The product of pairs, of activations of type X, to which an RMSNorm is applied before where `norm` is given.
-template <typename X, typename T>
-void run_pairs(const void* x, const float* norm, float eps, const TokenSource& s, const Weights& w, const Epilogue& e,
-               void* workspace, cudaStream_t stream) {
-  const Product q{s.dtype, s.scale != nullptr, s.M, w.rows, s.K};
-  const ActivationRows rows = activation_rows<PairOperand>(x, s.M, s.K);
-  Int8Token* tokens = reinterpret_cast<Int8Token*>(static_cast<char*>(workspace) + rows.bytes);
-  pair_rows<X>({x, s.scale, s.shift, norm, eps, static_cast<fp16*>(workspace), tokens, s.M, s.K, rows.pitch}, stream);
+inline WarpgroupProblem warpgroup_problem(const Weights& w, const Epilogue& e, const Int8Token* tokens, int64_t M,
+                                          int64_t K) {
   WarpgroupProblem p{};
   p.w = w.packed;
   p.alpha = e.scale;
@@ -188,10 +182,22 @@ void run_pairs(const void* x, const float* norm, float eps, const TokenSource& s
   p.y = e.out;
   p.rows = w.rows;
   p.words = w.words;
-  p.M = s.M;
-  p.K = s.K;
+  p.M = M;
+  p.K = K;
   p.scale_stride = static_cast<int>(e.stride);
   p.aligned_words = w.vector;
+  return p;
+}
+
+// The product of pairs, of activations of type X, to which an RMSNorm is applied before where `norm` is given.
+template <typename X, typename T>
+void run_pairs(const void* x, const float* norm, float eps, const TokenSource& s, const Weights& w, const Epilogue& e,
+               void* workspace, cudaStream_t stream) {
+  const Product q{s.dtype, s.scale != nullptr, s.M, w.rows, s.K};
+  const ActivationRows rows = activation_rows<PairOperand>(x, s.M, s.K);
+  Int8Token* tokens = reinterpret_cast<Int8Token*>(static_cast<char*>(workspace) + rows.bytes);
+  pair_rows<X>({x, s.scale, s.shift, norm, eps, static_cast<fp16*>(workspace), tokens, s.M, s.K, rows.pitch}, stream);
+  const WarpgroupProblem p = warpgroup_problem(w, e, tokens, s.M, s.K);
   const Plan plan = plan_of<PairOperand>(ScalesOf::kNothing, q);
   with_tile<PairOperand>(plan.tile, [&](auto tile) {
     run_warpgroup<PairOperand, ScalesOf::kNothing, decltype(tile), T>(
@@ -203,8 +209,7 @@ void run_pairs(const void* x, const float* norm, float eps, const TokenSource& s
 template <typename F>
 void run_warpgroup_forward(const TokenSource& s, const Weights& w, const Epilogue& e, void* workspace,
                            cudaStream_t stream) {
-  const bool by_column = s.scale != nullptr;
-  const Product q{s.dtype, by_column, s.M, w.rows, s.K};
+  const Product q{s.dtype, s.scale != nullptr, s.M, w.rows, s.K};
   with_operand<F>(q, [&](auto operand, auto scales, auto t) {
     using Operand = typename decltype(operand)::type;
     using T = decltype(t);
@@ -214,19 +219,8 @@ void run_warpgroup_forward(const TokenSource& s, const Weights& w, const Epilogu
       const ActivationRows rows = activation_rows<Operand>(s.x, s.M, s.K);
       Int8Token* tokens = reinterpret_cast<Int8Token*>(static_cast<char*>(workspace) + rows.bytes);
       void* partials = static_cast<char*>(workspace) + rows.bytes + rows.tokens;
-      WarpgroupProblem p{};
-      p.w = w.packed;
-      p.alpha = by_column ? s.scale : e.scale;
-      p.beta = by_column ? s.shift : e.shift;
-      p.bias = e.bias;
-      p.tokens = tokens;
-      p.y = e.out;
-      p.rows = w.rows;
-      p.words = w.words;
-      p.M = s.M;
-      p.K = s.K;
-      p.scale_stride = static_cast<int>(e.stride);
-      p.aligned_words = w.vector;
+      WarpgroupProblem p = warpgroup_problem(w, e, tokens, s.M, s.K);
+      if (q.by_column) p.alpha = s.scale, p.beta = s.shift;
       if constexpr (F::kInteger) {
         const bool vectors = s.K % 8 == 0 && aligned(s.x, 16);
         const int threads = static_cast<int>(std::min<int64_t>(256, ceil_div(rows.pitch / 16, 32) * 32));

@@ -20,8 +20,8 @@ using FloatTiles =
                WarpgroupTile<64, 2, 1, 2, 6, 1>, WarpgroupTile<96, 2, 1, 2, 5, 1>, WarpgroupTile<128, 2, 1, 2, 4, 1>,
                WarpgroupTile<176, 2, 1, 2, 4, 1>, WarpgroupTile<216, 2, 1, 1, 5, 1>, WarpgroupTile<256, 2, 1, 1, 4, 1>,
                WarpgroupTile<128, 3, 1, 2, 4, 1>>;
-// A tile of twice as many rows as tokens: what each warpgroup reads of the activations is what limits products of
-// pairs, and what comes into shared memory is the same for all.
+// Products of pairs are bound by shared memory: activations come there once for a tile, and are read once for 64 rows.
+// So rows are many.
 using PairTiles =
     std::tuple<WarpgroupTile<64, 2, 1, 2, 6, 1>, WarpgroupTile<96, 2, 1, 2, 5, 1>, WarpgroupTile<128, 2, 1, 2, 5, 1>,
                WarpgroupTile<64, 4, 1, 2, 6, 1>, WarpgroupTile<96, 4, 1, 2, 5, 1>, WarpgroupTile<128, 3, 1, 2, 5, 1>,

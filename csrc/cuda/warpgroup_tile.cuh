@@ -18,8 +18,8 @@ constexpr int kMostCluster = 5;
 
 enum class ScalesOf { kColumns, kRows, kNothing };
 
-// Of a token that was quantised: the sum of its integers, and the weights' scale over its own. Of one whose products
-// are added to a residual: its scale alone.
+// Of a token that was quantised: the sum of its integers, and the weights' scale over its own. Of one that was made
+// into pairs: the float that is added, as its bits, and the pairs' unit.
 struct alignas(8) Int8Token {
   int sum;
   float scale;
@@ -77,7 +77,7 @@ struct WarpgroupTile {
   static constexpr int kThreads = kWarpgroup * (kConsumers + 1);
   static constexpr int kBlocksOfEight = kTokens / 8;
   // Many sums need more registers than an equal share.
-  static constexpr bool kUnequalRegisters = kTokens >= 128 && (kConsumers != 3 || kTokens > 128);
+  static constexpr bool kUnequalRegisters = kTokens >= 128 && kConsumers != 3;
   static constexpr int kProducerRegisters = kConsumers == 2 ? 72 : 32;
   static constexpr int kConsumerRegisters = kConsumers == 2 ? 216 : 112;
 
@@ -116,10 +116,10 @@ struct WarpgroupLayout {
   static constexpr int kStageBytes = (Tile::kActivationBytes + kWordBytes + 1023) / 1024 * 1024;
   static constexpr int kSteps = Tile::kBoxes * (kBoxBytes / kStepBytes) / Tile::kSplit;  // of a warpgroup in a stage
   // Steps whose operands are made together, and then their products. Two pay for signs, in stages of four, where there
-  // are registers for their operands.
+  // are registers for their operands; pairs have one operand of two steps in common.
   static constexpr bool kSigns = F::kWords == 1;
-  static constexpr bool kTokens = std::is_same_v<T, int8_t> || std::is_same_v<F, PairOperand>;
   static constexpr bool kPairs = std::is_same_v<F, PairOperand>;
+  static constexpr bool kHasTokens = kPairs || std::is_same_v<T, int8_t>;
   static constexpr int kTogether =
       kPairs || (kSigns && kSteps >= 4 && Tile::kConsumers == 2 && Tile::kResident == 1) ? 2 : 1;
   static_assert(kSteps % (2 * kTogether) == 0 && Tile::kBoxes % Tile::kSplit == 0);
@@ -130,7 +130,7 @@ struct WarpgroupLayout {
   int64_t scale_bytes;
   __host__ __device__ int64_t out() const { return int64_t(stages) * kStageBytes; }
   __host__ __device__ int64_t tokens() const { return out() + Tile::kOutBytes; }
-  __host__ __device__ int64_t parts() const { return tokens() + (kTokens ? Tile::kTokenBytes : 0); }
+  __host__ __device__ int64_t parts() const { return tokens() + (kHasTokens ? Tile::kTokenBytes : 0); }
   __host__ __device__ int64_t scales() const { return parts() + part_bytes; }
   __host__ __device__ int64_t barriers() const { return scales() + scale_bytes; }
   __host__ __device__ int64_t bytes() const { return 1024 + barriers() + 8 * (2 * stages + Tile::kConsumers); }

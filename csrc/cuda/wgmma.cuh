@@ -148,7 +148,6 @@ BITKERNELS_WGMMA_PAIRS(64, 32, 33, 34, 35, 36, 37, 38, 39)
 BITKERNELS_WGMMA_PAIRS(96, 48, 49, 50, 51, 52, 53, 54, 55)
 BITKERNELS_WGMMA_PAIRS(128, 64, 65, 66, 67, 68, 69, 70, 71)
 BITKERNELS_WGMMA_PAIRS(192, 96, 97, 98, 99, 100, 101, 102, 103)
-BITKERNELS_WGMMA_PAIRS(256, 128, 129, 130, 131, 132, 133, 134, 135)
 #undef BITKERNELS_WGMMA_PAIRS
 // Both operands in shared memory, each K-major, or as it stands: its rows along the dimension that is summed over.
 #define BITKERNELS_WGMMA_SHARED_OF(T, n, types, desc_a, desc_b, flag, rows_a, rows_b)                                   \
