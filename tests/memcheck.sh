@@ -16,8 +16,8 @@ tool=${1:-memcheck}
 short=()
 if [ "${1:-}" = short ]; then
   shift
-  short=(tests/test_{packed_linear,ternary_linear,sign_linear,ssd_scan,mamba2_stack_step}.py)
-  short+=(-k "(bfloat16 and (N127-K or N300-K or N33-K513 or N200-K320 or T64-H40)) or T65-H24 or (layers and (L1-W4 or B2-K256))")
+  short=(tests/test_{packed_linear,ternary_linear,sign_linear,ssd_scan,mamba2_stack_step,mamba2_prompt}.py)
+  short+=(-k "(bfloat16 and (N127-K or N300-K or N33-K513 or N200-K320 or N3000-K2049 or T64-H40)) or T65-H24 or (layers and (L1-W4 or B2-K256)) or (prompt and 130-B1-K256 and bfloat16-bfloat16)")
 fi
 export PYTORCH_NO_CUDA_MEMORY_CACHING=1
 sanitize=(compute-sanitizer --tool "$tool" --error-exitcode 99 --print-limit 1000)
