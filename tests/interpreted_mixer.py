@@ -11,8 +11,8 @@ import bitkernels
 from bitkernels import reference
 from bitkernels.triton import causal_conv1d as conv
 from bitkernels.triton import gated_rms_norm as norm
+from bitkernels.triton import ssd_hopper, ssd_scan_backward, ssd_states
 from bitkernels.triton import ssd_scan as scan
-from bitkernels.triton import ssd_scan_backward, ssd_states
 from bitkernels.triton.launch import PLANS
 from bitkernels.triton.ssd_step import ssd_step
 
@@ -64,7 +64,7 @@ def check_scan(given=(), dtype=torch.float32, T=50, B=2, H=4, P=20, N=24, G=2, l
     assert_close("final_states", final, final_ref, tolerance)
 
     dy, dfinal = torch.randn_like(y), torch.randn_like(final)
-    grads = ssd_scan_backward.ssd_scan_backward(dy, dfinal, **inputs, **options, dt_min=low, dt_max=high)
+    grads = ssd_hopper.ssd_scan_backward(dy, dfinal, **inputs, **options, dt_min=low, dt_max=high)
     torch.autograd.backward([y_ref, final_ref], [dy.double(), dfinal.double()])
     for name, grad in zip(SCAN_ARGUMENTS, grads, strict=True):
         if inputs[name] is None:
@@ -146,8 +146,8 @@ def test_scan_strong_and_weak_decay():
 def test_scan_expanded_gradient():
     inputs = scan_inputs((), torch.float32, 1, 40, 2, 16, 16, 1, 1)
     dy = torch.ones(1, 40, 2, 16)
-    expected = ssd_scan_backward.ssd_scan_backward(dy, None, **inputs)
-    grads = ssd_scan_backward.ssd_scan_backward(torch.ones(()).expand_as(dy), None, **inputs)
+    expected = ssd_hopper.ssd_scan_backward(dy, None, **inputs)
+    grads = ssd_hopper.ssd_scan_backward(torch.ones(()).expand_as(dy), None, **inputs)
     for grad, want in zip(grads, expected, strict=True):
         assert torch.equal(grad, want)
 
@@ -157,7 +157,7 @@ def test_scan_is_empty():
     y, final = scan.ssd_scan(**inputs)
     assert y.shape == (2, 0, 2, 4)
     assert torch.equal(final, inputs["initial_states"])
-    grads = ssd_scan_backward.ssd_scan_backward(y, final, **inputs)
+    grads = ssd_hopper.ssd_scan_backward(y, final, **inputs)
     assert torch.equal(grads[-1], final)
     assert not grads[2].any()
 

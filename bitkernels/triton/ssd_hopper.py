@@ -127,8 +127,8 @@ def ssd_scan_backward(
     options = dt_softplus, dt_min, dt_max, chunk_size
     own = planned(("on_hopper", options, *map(layout, tensors)), lambda: HopperBackward(*tensors, *options)).options
     if own is None:
-        from bitkernels.triton import ssd_scan_backward as chunks
+        from bitkernels.triton.ssd_scan_backward import backward_by_chunks
 
-        return chunks.ssd_scan_backward(*tensors, *options)
+        return backward_by_chunks(tensors, options)
     hopper = torch.ops.bitkernels.ssd_scan_backward_hopper.default
     return hopper(_rows(dy), dfinal_states, x, dt, A, B, C, D, z, dt_bias, initial_states, *own)

@@ -372,27 +372,7 @@ def no_tokens(dfinal_states, x, dt, A, B, C, D, z, dt_bias, initial_states) -> t
     )  # fmt: skip
 
 
-def ssd_scan_backward(
-    dy: Tensor,
-    dfinal_states: Tensor | None,
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None = None,
-    z: Tensor | None = None,
-    dt_bias: Tensor | None = None,
-    initial_states: Tensor | None = None,
-    seq_idx: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    dt_softplus: bool = False,
-    dt_min: float = 0.0,
-    dt_max: float | None = None,
-    chunk_size: int = 64,
-) -> tuple[Tensor, ...]:
-    """``bitkernels::ssd_scan_backward``: recomputes the states instead of storing them in the forward."""
-    tensors = dy, dfinal_states, x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, cu_seqlens
-    options = dt_softplus, dt_min, dt_max, chunk_size
+def backward_by_chunks(tensors: tuple, options: tuple) -> tuple[Tensor, ...]:
+    """``bitkernels::ssd_scan_backward``, of its tensors and options: recomputes the states, which no forward stores."""
     plan = planned(("ssd_scan_backward", options, *map(layout, tensors)), lambda: BackwardPlan(*tensors, *options))
-    return plan(*tensors) if x.numel() > 0 else no_tokens(*tensors[1:11])
+    return plan(*tensors) if tensors[2].numel() > 0 else no_tokens(*tensors[1:11])

@@ -160,11 +160,11 @@ struct PairSums {
   __device__ static float power(int of_two) { return __uint_as_float(static_cast<uint32_t>(127 + of_two) << 23); }
 };
 
-// A block a token, and then another. What a thread holds of one stays in registers, and the scales of its columns,
-// unless rows are longer than that.
 template <bool kScaled>
-constexpr int kMostPairThreads = kScaled ? 512 : 1024;
+constexpr int kMostPairThreads = kScaled ? 512 : 1024;  // scales take registers
 
+// A block a token, and then another. kHeld: what a thread holds of one stays in registers, and the scales of its
+// columns; longer rows are read twice.
 template <typename T, bool kVectors, bool kHeld, bool kScaled>
 __global__ void __launch_bounds__(kMostPairThreads<kScaled>) pair_rows_kernel(const __grid_constant__ PairRows p) {
   __shared__ float scratch[2][3][32];
